@@ -35,7 +35,7 @@ DOCUMENT = ROOT / "docs" / "accuracy.md"
 
 @dataclass(frozen=True)
 class Row:
-    """One line: layout and the KL it must not exceed."""
+    """One line of a table: a layout, and the KL that it must not exceed."""
 
     model: str
     groups: int
@@ -56,7 +56,7 @@ ROWS = (
 
 
 class RowResult(msgspec.Struct, frozen=True):
-    """What was measured for a row; reports by method."""
+    """A row's measurements: reports by method."""
 
     model: str
     groups: int
@@ -75,7 +75,7 @@ class RowResult(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides a table besides its rows."""
+    """The settings that decide a table besides its rows."""
 
     plan: TextPlan
     learn: LearnPlan
@@ -84,7 +84,7 @@ class Settings:
 
 
 def measure_rows(path: Path, rows: Sequence[Row], settings: Settings) -> list[RowResult]:
-    """Results of one checkpoint's rows, from the cache where they are."""
+    """Return the results of one checkpoint's rows, from the cache if it has them."""
     files = {row: settings.cache / f"{_key(path, row, settings)}.json" for row in rows}
     missing = [row for row, file in files.items() if not file.exists()]
     if missing:
@@ -131,7 +131,7 @@ def _measure(row: Row, model: PlainModel, statistics: Statistics, text: Text, se
 
 
 def _batch(model: PlainModel) -> int:
-    # a GPU wants more than one sequence at a time, a CPU's caches do not
+    # A GPU needs several sequences at a time to be busy; on a CPU they would not fit the caches.
     return 8 if model.device.type == "cuda" else 1
 
 
@@ -141,7 +141,7 @@ def _key(path: Path, row: Row, settings: Settings) -> str:
 
 
 def markdown(results: Sequence[RowResult]) -> str:
-    """The tables as they stand in the documentation."""
+    """Return the tables as the documentation has them."""
     lines: list[str] = []
     for model in dict.fromkeys(result.model for result in results):
         rows = [result for result in results if result.model == model]
@@ -176,7 +176,7 @@ START, END = "<!-- tables: make accuracy -->", "<!-- end of tables -->"
 
 
 def write_into(document: Path, tables: str) -> None:
-    """Replace the tables between the markers of a document; those of models not measured now stay.
+    """Replace the tables between the markers of a document, except those of models not measured now.
 
     Raises:
         CorpusError: the markers are missing.
@@ -197,7 +197,7 @@ def _sections(tables: str) -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 0 when every bar is met, 1 when one is missed, 2 on bad input."""
+    """Run the command; return 0 if every bar is met, 1 if one is missed, 2 on bad input."""
     parser = argparse.ArgumentParser(prog="python benchmarks/accuracy.py", description=__doc__)
     parser.add_argument("--nano", type=Path, default=ROOT / "examples" / "nano-mla", help="nano-mla's folder")
     parser.add_argument("--tiny", type=Path, help="tiny-mla's folder (default: ../shared/models/tiny-mla if there)")

@@ -33,7 +33,7 @@ PLAIN = {"plain, 256": 256, "plain, 512": None}
 
 
 def measure(tokens: int) -> dict[str, Any]:
-    """Microseconds of one write of each kind of rows."""
+    """Return the microseconds of one write of each kind of rows."""
     timers, kept = [], []
     for name in (*PLAIN, *SKETCHED):
         sketched = SKETCHED.get(name)
@@ -45,7 +45,7 @@ def measure(tokens: int) -> dict[str, Any]:
             cache = torch.zeros(len(case.cache), 1, sketched.row_items, dtype=torch.uint8, device="cuda")
             new = case.write(1e-6, "pairs", cache=cache, sketched=sketched)
         timers.append(capture(lambda new=new: write(new), CALLS))  # type: ignore[misc]
-        kept.append(new)  # a graph does not keep what it reads
+        kept.append(new)  # a graph does not keep its inputs alive
     samples = [[timer() for timer in timers] for _ in range(ROUNDS)]
     us = [1000 * statistics.median(times) for times in zip(*samples, strict=True)]
     return {"tokens": tokens, "us": dict(zip((*PLAIN, *SKETCHED), us, strict=True))}

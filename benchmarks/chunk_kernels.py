@@ -39,12 +39,12 @@ ROWS: dict[str, tuple[LayerRows, Part]] = {
     "sketched, g = 2, own": (SKETCHED, Part.OWN),
 }
 SHAPES = ((1, 32768), (30, 1024))  # layers and tokens
-BUSY = 8192  # rows and columns of the matrices multiplied meanwhile
+BUSY = 8192  # rows and columns of the matrices that the other stream multiplies
 ROUNDS = 9
 
 
 def time_us(run: Callable[[], object], busy: Callable[[], object] | None) -> float:
-    """Microseconds from its first launch to its end, with other work before and beside it where ``busy``."""
+    """Return the microseconds from the first launch of ``run`` to its end, under the load of ``busy`` if given."""
     stream = torch.cuda.Stream(priority=-1)
     torch.cuda.synchronize()
     if busy is not None:
@@ -62,7 +62,7 @@ def time_us(run: Callable[[], object], busy: Callable[[], object] | None) -> flo
 
 
 def measure(name: str, layers: int, tokens: int) -> dict[str, Any]:
-    """Medians by direction, kernels and load."""
+    """Return medians by direction, kernels and load."""
     rows, part = ROWS[name]
     pool = LayerTable([torch.randn(2 * tokens, D + ROPE, device="cuda").bfloat16() for _ in range(layers)])
     slots = torch.randperm(2 * tokens, device="cuda")[:tokens]

@@ -36,7 +36,7 @@ MLA_DIM, ROPE_DIM = 512, 64
 
 @dataclass(frozen=True)
 class Row:
-    """A case and its bar: TPLA at least ``bar`` times as fast as MLA."""
+    """A case and its bar: TPLA must be at least ``bar`` times as fast as MLA."""
 
     latent_dim: int
     heads: int
@@ -60,7 +60,7 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Step:
-    """A backend, ready to run, and what it reads and should answer."""
+    """A backend, ready to run, the bytes that it reads, and its error."""
 
     run: Callable[[], torch.Tensor]
     cache_bytes: int
@@ -70,7 +70,7 @@ class Step:
 def prepare(
     shape: DecodeShape, batch: int, tokens: int, layout: str, make: Callable[[DecodeShape], DecodeAttention]
 ) -> Step:
-    """Random inputs, a planned backend, and its relative error against float32 on the first and last request."""
+    """Return a planned backend on random inputs, with its relative error against float32 on first and last request."""
     device = torch.device("cuda:0")
     pages = batch * tokens // shape.page_size
     cache = torch.randn(pages * shape.page_size, shape.cache_dim, device=device, dtype=torch.float32).to(shape.dtype)
@@ -93,7 +93,7 @@ def prepare(
 
 
 def capture(run: Callable[[], object], calls: int) -> Callable[[], float]:
-    """A function that replays ``calls`` captured calls and returns milliseconds a call."""
+    """Return a function that replays ``calls`` captured calls and returns milliseconds a call."""
     for _ in range(3):
         run()
     torch.cuda.synchronize()
@@ -114,7 +114,7 @@ def capture(run: Callable[[], object], calls: int) -> Callable[[], float]:
 
 
 def measure_row(row: Row, page_size: int, layout: str, rounds: int, calls: int, apart: bool) -> dict[str, object]:
-    """Time MLA and TPLA in turns."""
+    """Time MLA and TPLA in turns, and return the row's figures."""
     device = torch.device("cuda:0")
     mla_shape = DecodeShape(MLA_DIM, row.mla_heads, ROPE_DIM, page_size=page_size)
     shape = DecodeShape(row.latent_dim, row.heads, ROPE_DIM, page_size=page_size)
@@ -150,7 +150,7 @@ def measure_row(row: Row, page_size: int, layout: str, rounds: int, calls: int, 
 
 
 def installed(package: str) -> str:
-    """Version of a package, or a word that it is missing."""
+    """Return the version of a package, or a word that says that it is missing."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -158,7 +158,7 @@ def installed(package: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """The machine and the versions of the measurement."""
+    """Return the machine and the versions of the measurement."""
     git = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )

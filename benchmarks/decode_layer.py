@@ -33,7 +33,7 @@ CACHE_BYTES = 40e9  # the largest load's cache is 19 GB a layer
 
 
 def methods(ranks: int) -> list[Method]:
-    """Every method; slices share d/4 = 128 values, and g = 2 also none (width 256)."""
+    """Return every method; slices share d/4 = 128 values, and g = 2 is also measured without (width 256)."""
     sliced = [g for g in (2, 4, 8) if g <= ranks]
     return [
         Method("tp", ranks),
@@ -46,12 +46,12 @@ def methods(ranks: int) -> list[Method]:
 
 
 def name_of(method: Method) -> str:
-    """The method as it stands in the JSON; g = 2 with no shared values is told apart."""
+    """Return the method's name in the JSON, which marks g = 2 without shared values."""
     return method.label + (", nothing shared" if method.groups == 2 and not method.shared_dims else "")
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run on the GPU."""
+    """Measure on the GPU, and return the report."""
     import torch
     from decode_kernel import environment
     from layer_rank import Buffers
@@ -87,7 +87,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def copy_bytes_per_s(buffers: Any) -> float:
-    """Bytes read and written by a large device-to-device copy: what the card's memory does."""
+    """Return the bytes a second that a large device-to-device copy reads and writes: the card's memory bandwidth."""
     from layer_rank import time_graph
 
     half = buffers.cache[: 1 << 31].view(2, -1)
@@ -104,11 +104,11 @@ def block(
     seen: set[tuple[Any, ...]],
     ends: float,
 ) -> None:
-    """All methods and loads of one model, number of ranks and dtype, as far as ``ends`` (of the monotonic clock)."""
+    """Measure all methods and loads of one model, number of ranks and dtype until ``ends`` (on the monotonic clock)."""
     from layer_rank import L2_BYTES, LAYERS, RankLayer, run_all, time_graph
 
     first = RankLayer(model, Method("tp", ranks), Load(arguments.batches[0], 2048), Precision(weights), buffers)
-    time_graph(run_all(first.steps, LAYERS), LAYERS, 50)  # not kept: libraries choose, the clock rises
+    time_graph(run_all(first.steps, LAYERS), LAYERS, 50)  # warm-up: libraries choose kernels, the clock rises
     for batch in arguments.batches:
         save(report, arguments.out)
         for context in arguments.contexts:
@@ -144,7 +144,7 @@ def block(
 
 
 def equality(buffers: Any) -> float:
-    """TPLA at g = 1 against the stock layer, same weights and cache: relative error of the layer's output."""
+    """Return the relative error of TPLA's layer output at g = 1 against stock's, with the same weights and cache."""
     from layer_rank import RankLayer, run_all
 
     outs = []
@@ -156,7 +156,7 @@ def equality(buffers: Any) -> float:
 
 
 def measure_writes(buffers: Any) -> list[dict[str, Any]]:
-    """Norm, projection, rope of queries and key, cache write of a step's tokens: one kernel against one each."""
+    """Time norm, projection, rope of queries and key, and cache write of a step: in one kernel, and in one each."""
     import layer_kernels as small
     import torch
     from layer_rank import DEVICE, EPS, time_graph
@@ -202,7 +202,7 @@ def measure_writes(buffers: Any) -> list[dict[str, Any]]:
 
 
 def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """Runs on one card, one after another, as one: the first one's environment, everybody's rows."""
+    """Return runs on one card as one run, with the first run's environment and the rows of all."""
     cards = {report["gpu"] for report in reports}
     if len(cards) > 1:
         raise SystemExit(f"expected runs on one kind of card, got {sorted(cards)}; merge each card's by itself")
@@ -215,7 +215,7 @@ def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def save(report: dict[str, Any], path: Path) -> None:
-    """JSON with one row a line."""
+    """Write JSON with one row a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = []
     for key, value in report.items():
@@ -228,12 +228,12 @@ def save(report: dict[str, Any], path: Path) -> None:
 
 
 def method_named(name: str, ranks: int) -> Method:
-    """The method that `name_of` named."""
+    """Return the method that `name_of` named."""
     return next(m for m in methods(ranks) if name_of(m) == name)
 
 
 def link_seconds(row: dict[str, Any], link: Link) -> float:
-    """Modelled collectives of a measured row."""
+    """Return the modelled seconds of a measured row's collectives."""
     method = method_named(row["method"], row["ranks"])
     load = Load(row["batch"], row["context"])
     work = rank_work(find(row["model"]), method, load, Precision(row["weights"]), (9, 0))
@@ -241,7 +241,7 @@ def link_seconds(row: dict[str, Any], link: Link) -> float:
 
 
 def blocks_of(report: dict[str, Any]) -> dict[tuple[str, int, str], dict[tuple[int, int], dict[str, Any]]]:
-    """(model, ranks, weights) -> (batch, context) -> method -> row."""
+    """Return (model, ranks, weights) -> (batch, context) -> method -> row."""
     blocks: dict[Any, Any] = defaultdict(lambda: defaultdict(dict))
     for row in report["layers"]:
         at = blocks[row["model"], row["ranks"], row["weights"]]
@@ -250,7 +250,7 @@ def blocks_of(report: dict[str, Any]) -> dict[tuple[str, int, str], dict[tuple[i
 
 
 def text(report: dict[str, Any], ranks: list[int] | None = None) -> str:
-    """Tables of what was measured, maps with what is modelled, and how the planner compares."""
+    """Return tables of the measurements, maps that add the modelled collectives, and a comparison with the planner."""
     out = []
     for (model, size, weights), loads in blocks_of(report).items():
         if ranks and size not in ranks:
@@ -270,7 +270,7 @@ def text(report: dict[str, Any], ranks: list[int] | None = None) -> str:
 
 
 def map_lines(loads: dict[tuple[int, int], dict[str, Any]], link: Link) -> list[str]:
-    """Batch by context: the fastest method and how far ahead it is of plain TP."""
+    """Return a table by batch and context: the fastest method, and how far ahead of plain TP it is."""
     contexts = sorted({context for _, context in loads})
     lines = ["| batch | " + " | ".join(f"{c:,}" for c in contexts) + " |", "|---" * (len(contexts) + 1) + "|"]
     for batch in sorted({batch for batch, _ in loads}):
@@ -279,7 +279,7 @@ def map_lines(loads: dict[tuple[int, int], dict[str, Any]], link: Link) -> list[
             times = {
                 name: row["us"] * 1e-6 + link_seconds(row, link)
                 for name, row in loads.get((batch, context), {}).items()
-                if name != "TPLA g=1"  # plain TP by another road
+                if name != "TPLA g=1"  # this is plain TP by another path
             }
             if not times:
                 cells.append("")
@@ -292,7 +292,7 @@ def map_lines(loads: dict[tuple[int, int], dict[str, Any]], link: Link) -> list[
 
 
 def write_lines(report: dict[str, Any]) -> list[str]:
-    """The fused cache write, and g = 1 against stock."""
+    """Return the lines about the fused cache write, and about g = 1 against stock."""
     lines = ["### norm, projection, rope and cache write: one kernel / one each, us (measured)", ""]
     widths = list(dict.fromkeys(row["width"] for row in report["writes"]))
     lines.append("| tokens | " + " | ".join(f"w {w}" if w else "whole latent" for w in widths) + " |")
@@ -315,12 +315,12 @@ def write_lines(report: dict[str, Any]) -> list[str]:
 
 
 def card_of(report: dict[str, Any]) -> Gpu:
-    """The planner's GPU of a recorded run."""
+    """Return the planner's GPU of a recorded run."""
     return next(gpu for name, gpu in GPUS.items() if name in report["gpu"].lower())
 
 
 def planned_s(row: dict[str, Any], gpu: Gpu) -> float:
-    """The planner's time of a measured row: all kernels of a layer, no collectives."""
+    """Return the planner's time of a measured row: all kernels of a layer, without collectives."""
     method = method_named(row["method"], row["ranks"])
     load = Load(row["batch"], row["context"])
     work = rank_work(find(row["model"]), method, load, Precision(row["weights"]), gpu.capability)
@@ -328,7 +328,7 @@ def planned_s(row: dict[str, Any], gpu: Gpu) -> float:
 
 
 def planner_ratios(report: dict[str, Any]) -> dict[str, list[float]]:
-    """Planner over measurement, by method."""
+    """Return the planner's time over the measured time, by method."""
     found = defaultdict(list)
     for row in report["layers"]:
         found[row["method"]].append(planned_s(row, card_of(report)) * 1e6 / row["us"])
@@ -336,7 +336,7 @@ def planner_ratios(report: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def planner_choices(report: dict[str, Any]) -> list[tuple[str, str, float]]:
-    """For every load on every link: the fastest method as measured, the planner's, and what that one costs more."""
+    """Return for every load and link the method measured fastest, the planner's choice, and the choice's extra cost."""
     found = []
     for loads in blocks_of(report).values():
         for rows in loads.values():
@@ -352,7 +352,7 @@ def planner_choices(report: dict[str, Any]) -> list[tuple[str, str, float]]:
 
 
 def fit_lines(report: dict[str, Any]) -> list[str]:
-    """The lines that compare the planner's times and choices with the measurements."""
+    """Return the lines that compare the planner's times and choices with the measurements."""
     lines = ["### The planner against this run (its time over the measured one, layers without collectives)", ""]
     lines += ["| method | cases | 5% | median | 95% |", "|---|---|---|---|---|"]
     found = planner_ratios(report)

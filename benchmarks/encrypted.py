@@ -1,8 +1,8 @@
-"""Other secret carriers of a cache: TLS 1.3, and ZMQ with its own encryption, which carried chunks before.
+"""Other encrypted carriers of a cache: TLS 1.3, and ZMQ with CURVE, which carried chunks before.
 
-TLS moves bytes between two buffers, like the raw socket. ZMQ carries chunks as agents did when they had keys: copied
-and checked into a slot, sent from there without a copy, received, checked and copied to their place, with as many under
-way as a room may have. Without keys it is the same without CURVE.
+TLS moves bytes between two buffers, like the raw socket. ZMQ carries chunks as agents with keys did: each chunk is
+copied and checked into a slot, sent from there without a copy, received, checked and copied to its place, with as many
+in flight as a room may have. Without keys the path is the same, but without CURVE.
 """
 
 import datetime
@@ -29,7 +29,7 @@ CHUNK_BYTES = 16 << 20
 
 
 def certificate(folder: Path) -> Path:
-    """A key and its certificate for one day, signed by itself, in one file."""
+    """Write a key and its self-signed certificate for one day into one file, and return the path."""
     key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
     now = datetime.datetime.now(datetime.UTC)
     made = (
@@ -45,7 +45,7 @@ def certificate(folder: Path) -> Path:
 
 
 def tls_server() -> ssl.SSLContext:
-    """The receiving end's context."""
+    """Return the receiving end's context."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     with tempfile.TemporaryDirectory() as folder:
@@ -54,7 +54,7 @@ def tls_server() -> ssl.SSLContext:
 
 
 def tls_client() -> ssl.SSLContext:
-    """The sending end's: whose certificate it is costs nothing once the connection stands."""
+    """Return the sending end's context, without a check of the certificate: a check only costs time at the start."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -62,7 +62,7 @@ def tls_client() -> ssl.SSLContext:
 
 
 def zmq_child(pipe: Connection, target: np.ndarray, encrypted: bool) -> None:
-    """The receiving end of ZMQ."""
+    """Run the receiving end of ZMQ."""
     context = zmq.Context()
     dealer = context.socket(zmq.DEALER)
     port, server_key = pipe.recv()
@@ -85,7 +85,7 @@ def zmq_child(pipe: Connection, target: np.ndarray, encrypted: bool) -> None:
 
 
 def zmq_sender(source: np.ndarray, encrypted: bool) -> tuple[tuple[int, bytes], Callable[[int], None]]:
-    """The sending end: where it listens and its key, and what sends so many bytes."""
+    """Return the sending end of ZMQ: its port and key, and a function that sends so many bytes."""
     context = zmq.Context()
     router = context.socket(zmq.ROUTER)
     public, secret = zmq.curve_keypair()

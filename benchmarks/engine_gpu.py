@@ -42,7 +42,7 @@ ANSWER_TOKENS = 4
 
 
 def one_request(pair: Pair, prompt: list[int]) -> dict[str, Any]:
-    """One prompt through both servers: the transfer's log line, and when the client saw each decoded token."""
+    """Send one prompt through both servers; return the transfer's log line and when the client saw the first tokens."""
     room = pair.next_room = pair.next_room + 1
     body = request_body(prompt, ANSWER_TOKENS) | {
         "bootstrap_host": "127.0.0.1", "bootstrap_port": pair.bootstrap, "bootstrap_room": room,
@@ -62,12 +62,12 @@ def one_request(pair: Pair, prompt: list[int]) -> dict[str, Any]:
     (line,) = (line for line in transfer_lines(pair.prefill) if line["room"] == room)
     assert line["result"] == "success", line
     end_of_prefill = line["at"] - line["after_prefill_seconds"]
-    assert len(seen) >= ANSWER_TOKENS, seen  # one event a token, or times mean nothing
+    assert len(seen) >= ANSWER_TOKENS, seen  # the times are only valid with one event a token
     return line | {"first_token_seconds": seen[0] - end_of_prefill, "first_step_seconds": seen[1] - end_of_prefill}
 
 
 def measure(pair: Pair, tokens: int, repeats: int, chunk: int) -> dict[str, Any]:
-    """Medians over ``repeats`` requests of ``tokens`` tokens after a warm-up."""
+    """Return medians over ``repeats`` requests of ``tokens`` tokens after a warm-up."""
     dice = random.Random(tokens)
     runs = []
     for _ in range(repeats + 1):
@@ -131,7 +131,7 @@ def main() -> None:
             engines.decode("decode", args.groups, *flags, *OUR_KERNEL)
             pair = engines.pair("decode")
             with alone():
-                for tokens in args.tokens:  # each row is kept, whatever becomes of the next
+                for tokens in args.tokens:  # write each row at once, in case the next fails
                     rows.append(measure(pair, tokens, args.repeats, args.chunk))
                     args.out.write_text(json.dumps(result, indent=1))
         finally:

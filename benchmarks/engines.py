@@ -1,7 +1,7 @@
-"""The stock transfer engines' TCP writes, for comparison: mooncake and NIXL, where they are installed.
+"""The stock transfer engines' TCP writes, for comparison: mooncake and NIXL, if they are installed.
 
-Each gets the easiest task there is: two registered, contiguous buffers, in a process each. Their threads spin while
-they wait, so both processes stand still (SIGSTOP) while others are measured.
+Each engine gets the easiest task: two registered, contiguous buffers, in a process each. Their threads spin while they
+wait, so both processes are stopped (SIGSTOP) while others are measured.
 """
 
 import contextlib
@@ -21,17 +21,17 @@ Measure = Callable[[int], tuple[float, float]]
 
 
 class NotHere(Exception):
-    """The engine is not installed, or does not start on this machine; the text says which."""
+    """The engine is not installed, or does not start on this machine; the text says which of the two."""
 
 
 def _tell_cpu(pipe: Connection) -> None:
-    """A target: its CPU seconds so far, whenever it is asked."""
+    """Serve the pipe of a target: answer each message with the CPU seconds so far."""
     while pipe.recv() is not None:
         pipe.send(cpu_seconds())
 
 
 def _write_all(pipe: Connection, write: Callable[[int], None]) -> None:
-    """A source: seconds and CPU seconds of each write of as many bytes as it is told."""
+    """Serve the pipe of a source: write as many bytes as asked, and answer with seconds and CPU seconds."""
     while (size := pipe.recv()) is not None:
         before, start = cpu_seconds(), time.perf_counter()
         write(size)
@@ -40,7 +40,7 @@ def _write_all(pipe: Connection, write: Callable[[int], None]) -> None:
 
 @contextlib.contextmanager
 def _or_not_here(pipe: Connection) -> Iterator[None]:
-    """A child whose engine cannot be had says so instead of its first word."""
+    """Send `NotHere` in place of the child's first message if its engine cannot be used."""
     try:
         yield
     except ImportError as error:
@@ -49,7 +49,7 @@ def _or_not_here(pipe: Connection) -> Iterator[None]:
 
 
 def mooncake_target(pipe: Connection, size: int) -> None:
-    """The process into which mooncake writes."""
+    """Run the process into which mooncake writes."""
     with _or_not_here(pipe):
         from mooncake.engine import TransferEngine
     target, engine = np.ones(size, dtype=np.uint8), TransferEngine()
@@ -62,7 +62,7 @@ def mooncake_target(pipe: Connection, size: int) -> None:
 
 
 def mooncake_source(pipe: Connection, size: int, said: tuple[int, int]) -> None:
-    """Mooncake's transfer engine over TCP."""
+    """Run the process that writes with mooncake's transfer engine over TCP."""
     from mooncake.engine import TransferEngine
 
     (port, target), source, engine = said, np.ones(size, dtype=np.uint8), TransferEngine()
@@ -87,7 +87,7 @@ def mooncake_source(pipe: Connection, size: int, said: tuple[int, int]) -> None:
 
 
 def _nixl_agent(name: str) -> Any:
-    # TCP; beside a GPU it does not start without a transport that copies to it
+    # Use TCP; if there is a GPU, NIXL does not start without a transport that copies to it.
     os.environ["UCX_TLS"] = "tcp,cuda_copy" if torch.cuda.is_available() else "tcp"
     from nixl._api import nixl_agent, nixl_agent_config
 
@@ -95,7 +95,7 @@ def _nixl_agent(name: str) -> Any:
 
 
 def nixl_target(pipe: Connection, size: int) -> None:
-    """The process into which NIXL writes."""
+    """Run the process into which NIXL writes."""
     with _or_not_here(pipe):
         agent = _nixl_agent("target")
     target = np.ones(size, dtype=np.uint8)
@@ -105,7 +105,7 @@ def nixl_target(pipe: Connection, size: int) -> None:
 
 
 def nixl_source(pipe: Connection, size: int, said: tuple[bytes, int]) -> None:
-    """NIXL with UCX over TCP."""
+    """Run the process that writes with NIXL and UCX over TCP."""
     (metadata, target), source, agent = said, np.ones(size, dtype=np.uint8), _nixl_agent("source")
     agent.register_memory([(source.ctypes.data, size, 0, "")], "DRAM")
     name = agent.add_remote_agent(metadata)
@@ -131,16 +131,16 @@ ENGINES = {"mooncake": (mooncake_target, mooncake_source), "NIXL": (nixl_target,
 def engine(
     name: str, child: Callable[..., Any], size: int, count: Callable[[int], int], stack: contextlib.ExitStack
 ) -> Measure:
-    """One of `ENGINES`.
+    """Start one of `ENGINES`, and return the function that measures it.
 
     Args:
         child: starts a process: ``child(function, *arguments)`` with ``first``, ``pipe`` and ``process``.
-        size: of the buffers, in bytes.
-        count: bytes of a number of tokens.
-        stack: the processes go on at its end, so that they can end.
+        size: bytes of each buffer.
+        count: returns the bytes of a number of tokens.
+        stack: at its end the processes continue, so that they can end.
 
     Raises:
-        NotHere: it is not installed, or does not start.
+        NotHere: the engine is not installed, or does not start.
     """
     at_target, at_source = ENGINES[name]
     target = child(at_target, size)

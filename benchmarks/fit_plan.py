@@ -1,11 +1,11 @@
-"""The planner's constants of a GPU, fitted to the kernels of a recorded `benchmarks/decode_layer.py` run.
+"""Fit the planner's constants of a GPU to the kernels of a recorded `benchmarks/decode_layer.py` run.
 
     python benchmarks/fit_plan.py benchmarks/results/CARD/decode_layer_DATE.json
 
 A kernel is modelled as ``overhead + max(bytes / bandwidth, operations / rate)`` a launch; the fit minimises the mean
 absolute logarithm of modelled over measured time. FlashInfer's attention over single requests is taken as points, and
-what its split costs (`sglang_tpla/plan/flashinfer_split.py`) is divided out.
-Prints `Rate` lines for `sglang_tpla/plan/hardware.py`.
+the cost of its split (`sglang_tpla/plan/flashinfer_split.py`) is divided out. The script prints `Rate` lines for
+`sglang_tpla/plan/hardware.py`.
 """
 
 import json
@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from sglang_tpla.plan.flashinfer_split import Requests, uneven
 from sglang_tpla.plan.hardware import H100, LONE_SHARE, Rate
 
-ROPE = 64  # of both models that decode_layer.py runs
+ROPE = 64  # both models that decode_layer.py runs have this
 
 
 def fit(kernels: list[dict[str, Any]], start: Rate) -> Rate:
-    """The best constants for these kernels."""
+    """Return the best constants for these kernels."""
     launches = np.array([k["launches"] for k in kernels])
     moved = np.array([k["bytes"] for k in kernels]) / launches
     flops = np.array([k["flops"] for k in kernels]) / launches
@@ -48,7 +48,7 @@ def fit(kernels: list[dict[str, Any]], start: Rate) -> Rate:
 
 
 def evened(kernel: dict[str, Any]) -> dict[str, Any]:
-    """The kernel with the bytes and operations that take as long where FlashInfer splits requests evenly."""
+    """Return the kernel with the bytes and operations that would take as long if FlashInfer split requests evenly."""
     if not kernel["rate"].startswith("flashinfer"):
         return kernel
     tokens = round(kernel["one_request_bytes"] / (2 * (kernel["width"] + ROPE)))
@@ -57,7 +57,7 @@ def evened(kernel: dict[str, Any]) -> dict[str, Any]:
 
 
 def single_requests(kernels: list[dict[str, Any]]) -> tuple[tuple[float, float], ...]:
-    """(bytes, median seconds) of attention over one request, never less for more."""
+    """Return (bytes, median seconds) of attention over one request; seconds never fall as bytes grow."""
     sizes = defaultdict(list)
     for kernel in kernels:
         sizes[float(kernel["one_request_bytes"])].append(kernel["us"] * 1e-6)

@@ -53,10 +53,10 @@ from sglang_tpla.config import Settings
 GPU = torch.cuda.is_available()
 LAYERS, SHORT, CONTEXT, LONG = 61, 8192, 32768, 131072
 HEADS = {"v3": 128, "k2": 64}
-RESERVE_BYTES = 6.0e9  # of a GPU for CUDA, NCCL, graphs and activations
+RESERVE_BYTES = 6.0e9  # memory of a GPU for CUDA, NCCL, graphs and activations
 PORT = 29600
 ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b")  # the last line of a traceback
-AHEAD = 6  # jobs whose ranks import SGLang while another one measures
+AHEAD = 6  # number of jobs whose ranks import SGLang while another job measures
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,10 @@ class Method:
     """One way to run the model.
 
     Args:
-        row_bytes: a cached token takes on a rank, a layer.
-        groups: g; 0 is stock SGLang. rows: of the cache. o_proj: as in `Settings`.
-        ranks: of the process group. flags: of SGLang, besides the common ones. kernel: of attention in stock SGLang.
+        row_bytes: bytes that a cached token takes on a rank and layer.
+        groups: g; 0 is stock SGLang. rows: the cache's rows. o_proj: as in `Settings`.
+        ranks: ranks of the process group. flags: SGLang's flags besides the common ones.
+        kernel: the attention kernel in stock SGLang.
     """
 
     row_bytes: int
@@ -78,7 +79,7 @@ class Method:
     kernel: str = "flashinfer"
 
     def weight_bytes(self, heads: int, intermediate: int) -> float:
-        """A rank holds of one layer, in bfloat16."""
+        """Return the bytes of one layer's weights on a rank, in bfloat16."""
         share = max(1, self.groups) / self.ranks
         queries, keys, output = 1536 * heads * 192, 512 * heads * 256, heads * 128 * 7168
         rest = 7168 * (1536 + 576) + 3 * 7168 * intermediate / self.ranks
@@ -86,13 +87,13 @@ class Method:
         return 2 * (queries * share + keys * max(1, self.groups) + output * held + rest)
 
     def most_requests(self, heads: int, intermediate: int, memory_bytes: float) -> int:
-        """Of 32,768 tokens that fit on a GPU."""
+        """Return the most requests of 32,768 tokens that fit on a GPU."""
         left = 0.985 * memory_bytes - RESERVE_BYTES - LAYERS * self.weight_bytes(heads, intermediate)
         return max(0, int(left // (self.row_bytes * LAYERS * CONTEXT)))
 
 
 def methods_of(ranks: int) -> dict[str, Method]:
-    """Every method that T ranks can run."""
+    """Return every method that T ranks can run."""
     found = {
         "mla": Method(1152, ranks=ranks),
         "mla-fp8": Method(576, ranks=ranks, flags={"kv_cache_dtype": "fp8_e4m3"}),
@@ -112,11 +113,11 @@ def methods_of(ranks: int) -> dict[str, Method]:
 
 
 def loads_of(method: Method, args: argparse.Namespace, heads: int, memory_bytes: float) -> list[tuple[int, int]]:
-    """(requests on a rank, cached tokens each) that fit, for the kinds asked for."""
+    """Return the (requests on a rank, cached tokens of each) that fit, for the given kinds of load."""
     if not GPU:
         return [(1, 64), (2, 64)]
     most = method.most_requests(heads, args.intermediate, memory_bytes)
-    parts = args.ranks // method.ranks  # of a load, of which each rank or group of ranks has one
+    parts = args.ranks // method.ranks  # each rank, or group of ranks, has one of so many parts of a load
     found = set()
     if "throughput" in args.loads:
         found |= {(batch // parts, CONTEXT) for batch in (16, 48) if batch // parts < most} | {(most, CONTEXT)}
@@ -130,7 +131,7 @@ def loads_of(method: Method, args: argparse.Namespace, heads: int, memory_bytes:
 
 
 def environment(job: dict[str, Any]) -> dict[str, str]:
-    """Of a job's ranks."""
+    """Return the environment of a job's ranks."""
     found = {
         **os.environ,
         "SGLANG_USE_MESSAGE_QUEUE_BROADCASTER": "0",
@@ -172,7 +173,7 @@ class Job:
             self.processes.append(process)
 
     def wait_until_imported(self) -> None:
-        """Until every rank has imported SGLang, or ended."""
+        """Wait until every rank has imported SGLang, or ended."""
         for process in self.processes:
             assert process.stdout is not None
             for line in process.stdout:
@@ -180,7 +181,7 @@ class Job:
                     break
 
     def run(self, limit_s: float) -> tuple[list[dict[str, Any]], str | None]:
-        """Its rows, and why it ended early if it did."""
+        """Run the job; return its rows, and the reason if it ended early."""
         late = threading.Event()
 
         def stop() -> None:
@@ -194,7 +195,7 @@ class Job:
             try:
                 process.stdin.write("go\n")
                 process.stdin.flush()
-            except BrokenPipeError:  # it has ended: its log says why
+            except BrokenPipeError:  # the rank has ended: its log says why
                 pass
         stdout = self.processes[0].stdout
         assert stdout is not None
@@ -210,13 +211,13 @@ class Job:
         return rows, f"stopped after {limit_s:.0f} s" if late.is_set() else self.last_error()
 
     def last_error(self) -> str:
-        """Why rank 0 ended, from its log."""
+        """Return why rank 0 ended, from its log."""
         lines = self.log.read_text(errors="replace").splitlines()
         named = [line.strip() for line in lines if ERROR.match(line.strip())]
         return f"ended early: {(named or lines or ['it said nothing'])[-1][:300]}"
 
     def end(self) -> None:
-        """Kill what still runs, and wait until the GPUs have its memory back."""
+        """Kill the processes that still run, and wait until the GPUs have their memory back."""
         for process in self.processes:
             process.kill()
         for process in self.processes:
@@ -224,7 +225,7 @@ class Job:
 
 
 def requests_of(job: dict[str, Any], row: dict[str, Any]) -> int:
-    """Requests that all GPUs together serve in a step."""
+    """Return the number of requests that all GPUs together serve in a step."""
     return int(row["batch"]) * int(job["parts"])
 
 
@@ -238,7 +239,7 @@ def print_row(job: dict[str, Any], row: dict[str, Any]) -> None:
 
 
 def jobs_of(model: str, args: argparse.Namespace, folder: Path, memory_bytes: float) -> list[dict[str, Any]]:
-    """One for each method that fits, with checkpoint and artifacts written."""
+    """Write checkpoint and artifacts, and return a job for each method that fits."""
     heads = HEADS[model] if GPU else 16
     path = folder / model
     sizes = {"hidden": 7168, "query_latent": 1536, "intermediate": args.intermediate} if GPU else v3_shaped.SMALL
@@ -341,7 +342,7 @@ def main() -> None:
             for one in started:
                 one.end()
     args.out.write_text(json.dumps(report, indent=1) + "\n")
-    for model in args.models:  # the largest batches beside plain TP's
+    for model in args.models:  # compare the largest batches with plain TP's
         best = {}
         for row in report["rows"]:
             if row["job"].startswith(f"{model}-") and row["context"] == (CONTEXT if GPU else 64):

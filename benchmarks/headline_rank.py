@@ -1,4 +1,4 @@
-"""One rank of ``headline.py``: SGLang's model runner, and the time of a step's CUDA graph under each load."""
+"""One rank of ``headline.py``, which times a step's CUDA graph in SGLang's model runner under each load."""
 
 import json
 import statistics
@@ -20,7 +20,7 @@ GPU = torch.cuda.is_available()
 
 
 def leave_collectives_out() -> None:
-    """From now on every process group is a fake one, of any size, in this process alone."""
+    """Make every later process group of this process a fake one, of any size."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -34,7 +34,7 @@ def leave_collectives_out() -> None:
 
     dist.init_process_group, dist.new_group = fake_world, fake_group
     dist.monitored_barrier = lambda *_, **__: None
-    # What SGLang captures into graphs goes around PyTorch's groups.
+    # The collectives that SGLang captures into graphs bypass PyTorch's groups.
     from sglang.srt.distributed.device_communicators.pynccl import PyNcclCommunicator
 
     for name in ("all_reduce", "all_gather", "reduce_scatter", "broadcast"):
@@ -42,12 +42,12 @@ def leave_collectives_out() -> None:
 
 
 def sketched_rows(groups: int) -> SketchedRows:
-    """64 columns that every rank has and 4 bits of the rest; of one group 8 bits of everything."""
+    """Return rows with 64 columns on every rank and 4 bits of the others; one group has 8 bits of all columns."""
     return SketchedRows.of(v3_shaped.LATENT, groups, 64 if groups > 1 else v3_shaped.LATENT, v3_shaped.ROPE)
 
 
 def fill_cache(runner: Any, sketched: SketchedRows | None) -> None:
-    """Random rows in every layer, the same thousands again and again: over zeros a GPU draws less power."""
+    """Fill every layer with random rows, repeating some thousands of them: over zeros a GPU would draw less power."""
     generator = torch.Generator(runner.device).manual_seed(0)
     for cache in runner.token_to_kv_pool.kv_buffer:  # [slots, 1, columns]
         slots, count = cache[:, 0], min(65536 if GPU else 64, len(cache))
@@ -61,12 +61,12 @@ def fill_cache(runner: Any, sketched: SketchedRows | None) -> None:
 
 
 def decode_batch(runner: Any, batch: int, context: int) -> Any:
-    """A batch of requests whose last token is at ``context``, in random slots."""
+    """Return a batch of requests whose last token is at ``context``, in random slots."""
     from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
     device = runner.device
-    # Under decode context parallelism row r of a rank is one of slots r * dcp to r * dcp + dcp - 1, successive tokens.
+    # Under decode context parallelism, row r of a rank is one of slots r * dcp to r * dcp + dcp - 1: successive tokens.
     dcp, each = runner.server_args.dcp_size, -(-context // runner.server_args.dcp_size)
     own = torch.randperm(runner.max_total_num_tokens - 1, device=device)[: batch * each] + 1
     slots = own.view(batch, each, 1) * dcp + torch.arange(dcp, device=device)
@@ -92,7 +92,7 @@ def decode_batch(runner: Any, batch: int, context: int) -> Any:
 
 @torch.no_grad()
 def time_step(runner: Any, batch: int, context: int) -> dict[str, Any]:
-    """One load: replays of the step's graph, all ranks at once; on a CPU the whole forward."""
+    """Time one load: replays of the step's graph on all ranks at once, or the whole forward on a CPU."""
     forward_batch = decode_batch(runner, batch, context)
     replayed: list[torch.cuda.CUDAGraph] = []
     replay = torch.cuda.CUDAGraph.replay
@@ -113,7 +113,7 @@ def time_step(runner: Any, batch: int, context: int) -> dict[str, Any]:
     row: dict[str, Any] = {"batch": batch, "context": context, "host_ms": statistics.median(host[len(host) // 4 :])}
     if not GPU:
         return row | {"step_ms": row["host_ms"]}
-    (graph,) = set(replayed)  # one step is one graph
+    (graph,) = set(replayed)  # a step must be one graph
     torch.distributed.barrier()
     torch.cuda.synchronize()
     events = []
@@ -129,7 +129,7 @@ def time_step(runner: Any, batch: int, context: int) -> dict[str, Any]:
 
 
 def child(job: dict[str, Any], rank: int) -> None:
-    """One rank: SGLang's model runner, then every load; rank 0 prints a line of JSON each."""
+    """Run one rank: make SGLang's model runner, then time every load; rank 0 prints a line of JSON for each."""
     from sglang.srt.plugins import load_plugins
 
     load_plugins()

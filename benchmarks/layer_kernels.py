@@ -1,6 +1,6 @@
-"""The small kernels of a stock MLA decode step, one launch each as SGLang has them, for `layer_rank`.
+"""The small kernels of a stock MLA decode step for `layer_rank`, one launch each, as in SGLang.
 
-The engine's own need its compiled extension; these move the same bytes in the same number of launches.
+SGLang's own kernels need its compiled extension; these move the same bytes in the same number of launches.
 """
 
 import torch
@@ -18,7 +18,7 @@ def _norm(x, weight, out, x_stride, out_stride, eps, N: tl.constexpr, BLOCK: tl.
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
-    """[rows, n], rows may be strided."""
+    """Norm ``x`` [rows, n] into ``out``; rows may be strided."""
     n = x.shape[1]
     block = triton.next_power_of_2(n)
     _norm[(x.shape[0],)](x, weight, out, x.stride(0), out.stride(0), eps, N=n, BLOCK=block, num_warps=4)
@@ -37,7 +37,7 @@ def _rotate(query, key, cos_sin, positions, q_token, q_head, k_token, HEADS: tl.
 
 
 def rotate(query: torch.Tensor, key: torch.Tensor | None, cos_sin: torch.Tensor, positions: torch.Tensor) -> None:
-    """Rotate neighbours of query [tokens, heads, rope] and, where given, key [tokens, rope], in place."""
+    """Rotate neighbours of query [tokens, heads, rope] and, if given, key [tokens, rope], in place."""
     tokens, heads, rope = query.shape
     some = query if key is None else key
     _rotate[(tokens, heads + (key is not None))](
@@ -59,7 +59,7 @@ def _write(
 
 
 def write_rows(latent: torch.Tensor, key: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> None:
-    """cache[slots] = [latent | key], as SGLang's ``set_mla_kv_buffer``; the key's width is a power of two."""
+    """Write cache[slots] = [latent | key], as SGLang's ``set_mla_kv_buffer``; the key's width is a power of two."""
     width = latent.shape[1]
     _write[(latent.shape[0],)](
         latent, key, slots, cache, latent.stride(0), key.stride(0), cache.stride(0),
@@ -82,7 +82,7 @@ def _quantise(
 
 
 def quantise(x: torch.Tensor, out: torch.Tensor, scales: torch.Tensor, group: int) -> None:
-    """[rows, n] to e4m3, a scale for every ``group`` values of a row."""
+    """Quantise ``x`` [rows, n] to e4m3, with a scale for every ``group`` values of a row."""
     n = x.shape[1]
     block = triton.next_power_of_2(min(group, n))
     _quantise[(x.shape[0], triton.cdiv(n, group))](
@@ -107,6 +107,6 @@ def _merge(parts, lse, out, HEADS: tl.constexpr, W: tl.constexpr, RANKS: tl.cons
 
 
 def merge(parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor) -> None:
-    """Outputs [ranks, tokens, heads, w] and base-2 log-sum-exps [ranks, tokens, heads] into one."""
+    """Merge outputs [ranks, tokens, heads, w] with base-2 log-sum-exps [ranks, tokens, heads] into one."""
     ranks, tokens, heads, w = parts.shape
     _merge[(tokens * heads,)](parts, lse, out, HEADS=heads, W=w, RANKS=ranks, num_warps=4)

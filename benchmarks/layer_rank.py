@@ -1,8 +1,8 @@
 """One rank's attention layer of a decode step on a GPU, kernel by kernel, as the planner counts it.
 
-Every kernel is a `Step` under the planner's name of it, so that a whole layer and each kernel alone are timed from
-the same code. Weights and caches are views of a few large random buffers, another one for each layer of a graph, so
-that the L2 cache holds none of them when it is their turn.
+Every kernel is a `Step` with the planner's name for it, so that the same code times a whole layer and each kernel
+alone. Weights and caches are views of a few large random buffers, a different view for each layer of a graph, so that
+the L2 cache holds none of them when they are read.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ FP8_SCALE = 0.02 / 3
 
 
 def time_graph(run: Callable[[], None], calls: int, repeats: int = 9, longest_s: float = 0.05) -> float:
-    """Median seconds of one of ``calls`` calls, over replays of a graph of all of them.
+    """Return the median seconds of one of ``calls`` calls, over replays of a graph of all of them.
 
-    ``repeats`` replays after two that are not counted, fewer (but three) where they take longer than ``longest_s``.
+    Two replays are not counted, then ``repeats`` are, or fewer (but three) if they take longer than ``longest_s``.
     """
     replay_ms = capture(run, 1)
     replay_ms()
@@ -51,7 +51,7 @@ def time_graph(run: Callable[[], None], calls: int, repeats: int = 9, longest_s:
 
 @dataclass
 class Buffers:
-    """Random device memory that weights and caches are views of."""
+    """Random device memory; weights and caches are views of it."""
 
     weights: torch.Tensor  # bf16, flat
     weights_fp8: torch.Tensor  # e4m3, flat
@@ -62,7 +62,7 @@ class Buffers:
 
     @classmethod
     def make(cls, cache_bytes: float) -> Buffers:
-        """Fill them; ``cache_bytes`` for all caches together."""
+        """Make and fill the buffers, with ``cache_bytes`` for all caches together."""
         weights = torch.empty(1 << 30, dtype=torch.bfloat16, device=DEVICE).normal_(std=0.02)
         fp8 = torch.empty(1 << 30, dtype=FP8, device=DEVICE)
         for part in fp8.split(1 << 28):
@@ -74,14 +74,14 @@ class Buffers:
         return cls(weights, fp8, cache, torch.cat([angles.cos(), angles.sin()], 1))
 
     def order(self, tokens: int) -> torch.Tensor:
-        """Slots in random order, made once a number of tokens."""
+        """Return slots in random order, made once for a number of tokens."""
         if tokens not in self.pages:
             self.pages.clear()
             self.pages[tokens] = torch.randperm(tokens, device=DEVICE).to(torch.int32)
         return self.pages[tokens]
 
     def backend(self, kernel: str, shape: DecodeShape) -> DecodeAttention:
-        """The attention kernel for a shape, made once."""
+        """Return the attention kernel for a shape, made once."""
         key = (kernel, shape)
         if key not in self.backends:
             if kernel == "hopper":
@@ -93,7 +93,7 @@ class Buffers:
 
 @dataclass(frozen=True)
 class Step:
-    """One kernel: the planner's name of it, what to call for layer i, and the bytes that differ between layers."""
+    """One kernel: the planner's name, a function that gives layer i's call, the bytes that differ between layers."""
 
     piece: str
     bind: Callable[[int], Callable[[], object]]
@@ -101,7 +101,7 @@ class Step:
 
 
 def run_all(steps: Sequence[Step], layers: int) -> Callable[[], None]:
-    """All steps of several layers, one after another."""
+    """Return a function that runs all steps of several layers, one after another."""
     calls = [step.bind(layer) for layer in range(layers) for step in steps]
 
     def run() -> None:
@@ -129,7 +129,7 @@ class RankLayer:
         per_head = query.view(batch, heads, nope + rope)
         q_latent, q_rope = self._fresh(heads, batch, w), per_head[..., nope:]
         attended = self._fresh(batch, work.read_heads, w)
-        own = attended  # this rank's heads; under DCP, after the merge
+        own = attended  # the output of this rank's heads; under DCP, that of the merge
         values, self.out = self._fresh(batch, work.heads * value), self._fresh(batch, model.hidden)
         ones = torch.ones(max(rank, latent), dtype=torch.bfloat16, device=DEVICE)
         key = joint[:, rank + latent :]
@@ -161,7 +161,7 @@ class RankLayer:
         else:
             add(prepare, lambda _: partial(beside, norm_query, norm_latent) if rank else norm_latent)
         steps.append(self._linear("query", heads * (nope + rope), normed_q if rank else x, query))
-        # the absorbed weights lie as in the engine: what is summed over is contiguous
+        # The absorbed weights have SGLang's layout: the dimension that is summed over is contiguous.
         kc, vc = self._weights(heads, w, nope), self._weights(heads, value, w)
         q_nope = per_head[..., :nope].transpose(0, 1)
         absorbed_bytes = 2 * heads * nope * w
@@ -183,7 +183,7 @@ class RankLayer:
         backend = buffers.backend(work.rows.kernel, DecodeShape(w, work.read_heads, rope))
         backend.plan(table, lengths)
         asked = (q_latent.transpose(0, 1), q_rope)
-        if method.kind == "dcp":  # what the gather brings: every rank's queries
+        if method.kind == "dcp":  # the gather brings every rank's queries
             asked = tuple(self._fresh(batch, model.heads, width) for width in (w, rope))
         add("attention", lambda i: partial(backend.run, *asked, rows(i), attended), 2 * tokens * (w + rope))
         if method.kind == "dcp":
@@ -199,12 +199,12 @@ class RankLayer:
         self.steps = steps
 
     def _fresh(self, *shape: int) -> torch.Tensor:
-        """A random bf16 tensor; there is memory behind its last row, for products that want a multiple of 16 rows."""
+        """Return a random bf16 tensor with memory behind its last row, for products that need a multiple of 16 rows."""
         padded = (shape[0] + 15, *shape[1:])
         return torch.empty(padded, dtype=torch.bfloat16, device=DEVICE).normal_()[: shape[0]]
 
     def _weights(self, *shape: int, fp8: bool = False) -> Callable[[int], torch.Tensor]:
-        """Views of random memory: another one for each layer."""
+        """Return a function that gives each layer a different view of random memory."""
         pool = self.buffers.weights_fp8 if fp8 else self.buffers.weights
         size = torch.Size(shape).numel()
         start = self._used
@@ -219,7 +219,7 @@ class RankLayer:
         return view
 
     def _linear(self, name: str, columns: int, x: torch.Tensor, out: torch.Tensor) -> Step:
-        """``out = x W^T``; under FP8 the activations are quantised first, as the engine does."""
+        """Return the step ``out = x W^T``; with FP8 weights the activations are quantised first, as in SGLang."""
         inner = x.shape[1]
         if self.precision.weights == "bf16":
             weight = self._weights(columns, inner)
@@ -230,7 +230,7 @@ class RankLayer:
 
 
 def beside(first: Callable[[], object], second: Callable[[], object]) -> None:
-    """Two kernels on two streams, as SGLang runs its two norms in a graph."""
+    """Run two kernels on two streams, as SGLang runs its two norms in a graph."""
     if DEVICE.type != "cuda":
         first()
         second()
@@ -245,15 +245,15 @@ def beside(first: Callable[[], object], second: Callable[[], object]) -> None:
 
 @functools.cache
 def side_stream() -> torch.cuda.Stream:
-    """The second stream."""
+    """Return the second stream."""
     return torch.cuda.Stream()
 
 
 class Fp8Linear:
-    """Block-FP8 product, a scale for 1 x 128 activations and 128 x 128 weights, through PyTorch (cuBLASLt).
+    """A block-FP8 product through PyTorch (cuBLASLt), with a scale for 1 x 128 activations and 128 x 128 weights.
 
-    A deployment on Hopper has DeepGEMM, which moves the same bytes but compiles a kernel a shape; SGLang's Triton
-    kernel was slower at every shape here (1.2 to 2.3 times, untuned, one H100).
+    A deployment on Hopper has DeepGEMM, which moves the same bytes but compiles a kernel for each shape; SGLang's
+    Triton kernel was slower at every shape here (1.2 to 2.3 times, untuned, one H100).
     """
 
     def __init__(self, x: torch.Tensor, columns: int, weight: Callable[[int], torch.Tensor], out: torch.Tensor) -> None:
@@ -264,7 +264,7 @@ class Fp8Linear:
         self.padded_out = out.as_strided((self.padded, columns), out.stride())
 
     def bind(self, layer: int) -> Callable[[], object]:
-        """Quantise, multiply, and nothing else: rows beyond the batch are zeros."""
+        """Return a call that only quantises and multiplies: rows beyond the batch are zeros already."""
         weight = self.weight(layer).t()  # [inner, columns]
         scale_a = torch.ones(self.inner // 128, self.padded, device=DEVICE).t()
         scale_b = torch.full((-(-self.columns // 128), self.inner // 128), FP8_SCALE, device=DEVICE).t()

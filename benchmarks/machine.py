@@ -8,7 +8,7 @@ from typing import Any
 
 
 def memory_bytes(limit_gib: float) -> int:
-    """The bytes that one process may hold: the limit, or a fourteenth of the free memory."""
+    """Return the bytes that one process may hold: the limit, or a fourteenth of the free memory if that is less."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable"):
             return min(int(limit_gib * 2**30), int(line.split()[1]) * 1024 // 14)
@@ -16,7 +16,7 @@ def memory_bytes(limit_gib: float) -> int:
 
 
 def machine() -> dict[str, Any]:
-    """The description of the machine."""
+    """Return the description of the machine."""
     cpu = next(
         (
             line.split(":", 1)[1].strip()
@@ -36,6 +36,6 @@ def machine() -> dict[str, Any]:
 
 
 def cpu_seconds() -> float:
-    """Processor time of this process, all threads."""
+    """Return the processor time of this process, all threads."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime

@@ -1,11 +1,11 @@
-"""The planner's time of a decode step beside those that ``headline.py`` measured.
+"""Compare the planner's times of decode steps with those that ``headline.py`` measured.
 
     python benchmarks/plan_beside_headline.py RESULT.json...
 
-The planner knows attention's part. What a step of ``headline.py`` has besides is priced by the same rates: the products
+The planner prices attention. This script prices the rest of a step of ``headline.py`` by the same rates: the products
 of the dense feed-forward part, three small kernels (two norms and the activation) and its all-reduce. A result of
-``headline.py --alone`` has no collectives, and none are priced. Sampling and logits are left out of both. For each load
-it also compares which of the methods measured is fastest.
+``headline.py --alone`` has no collectives, and none are priced. Both sides omit sampling and logits. For each load the
+script also compares the method measured fastest with the one planned fastest.
 """
 
 import json
@@ -29,14 +29,14 @@ CLOSE = 0.1
 
 @dataclass(frozen=True)
 class Step:
-    """One row of a result: what was measured, and the planner's time of it."""
+    """One row of a result: the measured time and the planner's."""
 
     job: str
     requests: int
     context: int
     measured_ms: float
     planned_ms: float
-    attention_ms: float  # of the planner's, what it prints
+    attention_ms: float  # attention's part of planned_ms, which the planner prints
 
     @property
     def ratio(self) -> float:
@@ -44,7 +44,7 @@ class Step:
 
 
 def method_of(name: str, ranks: int) -> tuple[Method, Precision]:
-    """The planner's method of a name in ``headline.py``, and its precision."""
+    """Return the planner's method for a name in ``headline.py``, and its precision."""
     cache = Precision("bf16", "fp8" if name.startswith("mla-fp8") else "bf16")
     if name.startswith("mla") or name == "dp":
         return Method("dp" if name == "dp" else "tp", ranks), cache
@@ -60,7 +60,7 @@ def method_of(name: str, ranks: int) -> tuple[Method, Precision]:
 
 
 def feed_forward_s(model: PlanModel, rows: int, ranks: int, intermediate: int, gpu: Gpu, link: Link) -> float:
-    """Seconds of one dense feed-forward part on one of ``ranks``, with the norms of a layer."""
+    """Return the seconds of one dense feed-forward part on one of ``ranks``, with the norms of a layer."""
     held = intermediate / ranks
     seconds = SMALL_KERNELS * gpu.rates["small"].seconds(0, 0) + link.seconds(
         "all_reduce", 2 * rows * model.hidden, ranks
@@ -72,13 +72,13 @@ def feed_forward_s(model: PlanModel, rows: int, ranks: int, intermediate: int, g
 
 
 def steps_of(report: dict[str, Any], gpu: Gpu) -> list[Step]:
-    """Every row of a result beside the planner's time."""
+    """Return every row of a result with the planner's time."""
     ranks, found = report.get("ranks", 2), []
     for row in report["rows"]:
         short, name = row["job"].split("-", 1)
         model = find(MODELS[short])
         method, precision = method_of(name, ranks)
-        # each rank of data-parallel attention ran by itself, the feed-forward part whole
+        # Each rank of data-parallel attention ran alone, with the whole feed-forward part.
         alone = report.get("alone", False) or method.kind == "dp"
         link = NO_LINK if alone else LINKS["nvlink"]
         work = rank_work(model, method, Load(row["requests"], row["context"]), precision, gpu.capability)
@@ -91,7 +91,7 @@ def steps_of(report: dict[str, Any], gpu: Gpu) -> list[Step]:
 
 
 def choices(steps: list[Step]) -> list[tuple[Step, Step]]:
-    """For each model and load that several methods have: the step measured fastest, and the one planned fastest."""
+    """Return the steps measured fastest and planned fastest, for each model and load that several methods have."""
     loads = defaultdict(list)
     for step in steps:
         loads[step.job.split("-")[0], step.requests, step.context].append(step)

@@ -49,7 +49,7 @@ FIGURES = ("output_throughput", "median_tpot_ms", "p99_tpot_ms", "median_ttft_ms
 
 
 def decode_flags(method: str, artifacts: dict[str, Path], most_requests: int) -> tuple[str, ...]:
-    """The decode server's flags of a method; all methods have CUDA graphs of the same batches."""
+    """Return a method's flags of the decode server; all methods have CUDA graphs of the same batches."""
     graphs = ("--cuda-graph-bs-decode", *map(str, graph_batches(most_requests))) if GPU else ()
     if method == "tp":
         return ("--tpla-groups", "1", *STOCK_KERNEL, *graphs)
@@ -59,7 +59,7 @@ def decode_flags(method: str, artifacts: dict[str, Path], most_requests: int) ->
 
 
 def prefill_flags(kernel: str) -> tuple[str, ...]:
-    """The prefill server's flags besides the common ones; it decodes nothing."""
+    """Return the prefill server's flags besides the common ones; this server decodes nothing."""
     if not GPU:
         return ()
     kernels = ("--attention-backend", kernel, "--decode-attention-backend", kernel)
@@ -67,7 +67,7 @@ def prefill_flags(kernel: str) -> tuple[str, ...]:
 
 
 def graph_batches(most_requests: int) -> list[int]:
-    """Sizes of CUDA graphs: close enough that a batch is padded by no more than a third."""
+    """Return the batch sizes of CUDA graphs, close enough that a batch is padded by no more than a third."""
     found = [1, 2, 3, 4, 6]
     while found[-1] < most_requests:
         found.append(found[-1] + max(2, found[-1] // 12 * 4))
@@ -75,14 +75,14 @@ def graph_batches(most_requests: int) -> list[int]:
 
 
 def requests_at(rate: str, args: argparse.Namespace) -> int:
-    """How many requests arrive."""
+    """Return how many requests arrive."""
     return args.prompts if rate == "inf" else max(2, min(args.prompts, round(float(rate) * args.seconds)))
 
 
 def arrivals(
     client: Client, url: str, prefill: Server, model: Path, rate: str, args: argparse.Namespace, out: Path
 ) -> dict[str, Any]:
-    """What ``sglang.benchmark.serving`` says of one rate, and prefill's log of its transfers."""
+    """Return the figures of ``sglang.benchmark.serving`` for one rate, and those of prefill's log of its transfers."""
     flags = [
         "--backend", "sglang", "--base-url", url,
         "--model", str(model), "--tokenizer", str(model), "--dataset-name", "random-ids", "--tokenize-prompt",
@@ -103,23 +103,23 @@ def arrivals(
 
 
 def warm_up(pair: Pair, args: argparse.Namespace) -> None:
-    """Two requests, so that kernels are compiled; their prompts are nobody else's."""
+    """Send two requests with prompts that no other request has, so that kernels are compiled."""
     dice = random.Random(args.input)
     for _ in range(2):
         pair.generate([dice.randrange(100, VOCABULARY) for _ in range(args.input)], 8)
 
 
 def forget_prompts(pair: Pair) -> None:
-    """Empty prefill's cache: the same prompts come at every rate and for every method."""
+    """Empty prefill's cache, because the same prompts come at every rate and for every method."""
     deadline = time.monotonic() + 30
-    while pair.prefill.post("/flush_cache", {}).status_code != 200:  # while a request is not quite over
+    while pair.prefill.post("/flush_cache", {}).status_code != 200:  # refused while a request is not quite over
         if time.monotonic() > deadline:
             raise TimeoutError("the prefill server did not flush its cache within 30 s: a request still holds it")
         time.sleep(0.2)
 
 
 def first_step(pair: Pair, tokens: int, repeats: int) -> dict[str, Any]:
-    """From the end of prefill to the first decode step; medians, and every run's figure."""
+    """Measure from the end of prefill to the first decode step; return medians, and every run's figure."""
     row = measure(pair, tokens, repeats, CHUNK)
     runs = row.pop("runs")
     return row | {"each_first_step_ms": [round(1e3 * run["first_step_seconds"], 2) for run in runs]}
@@ -175,7 +175,7 @@ def main() -> None:
             engines.decode(method, 2, *common, *decode_flags(method, artifacts, args.prompts))
 
         def measure_method(method: str) -> None:
-            """All rates, then all lengths."""
+            """Measure all rates, then all lengths."""
             pair = engines.pair(method)
             router = engines.start_router(method)
             with alone():
@@ -210,11 +210,11 @@ def main() -> None:
                     start(method)
                 try:
                     measure_method(method)
-                except Exception as error:  # the other methods' figures stand
+                except Exception as error:  # keep the other methods' figures
                     result["failed"][method] = f"{type(error).__name__}: {error}"[:1500]
                     traceback.print_exc()
                 keep()
-                engines.decodes[method].front.stop()  # the next one takes its place on the GPUs
+                engines.decodes[method].front.stop()  # the next server takes its place on the GPUs
         finally:
             client.stop()
             engines.stop()

@@ -1,7 +1,8 @@
 """SGLang's own client for served requests (``sglang.benchmark.serving``) in a process that is kept between runs.
 
-To import it takes ten seconds and more, which is longer than a run lasts. The process is started beside the servers; it
-reads one run's flags a line (JSON) and answers with a line when the run is over. What the runs print is in its log.
+Importing the client takes ten seconds and more, which is longer than a run. The process starts together with the
+servers, reads one run's flags a line (JSON), and answers with a line when the run is over. Its log has the output of
+the runs.
 """
 
 import contextlib
@@ -14,14 +15,14 @@ from typing import Any
 
 
 class ClientFailed(RuntimeError):
-    """A run that failed; the message carries the end of the client's log."""
+    """A run failed; the message carries the end of the client's log."""
 
 
 class Client:
-    """The process.
+    """The client's process.
 
     Args:
-        log: where everything goes that it prints.
+        log: the file for everything that the process prints.
     """
 
     def __init__(self, log: Path) -> None:
@@ -32,13 +33,13 @@ class Client:
             )
 
     def run(self, flags: list[str], out: Path) -> dict[str, Any]:
-        """One run with these flags: what the client wrote to the file ``out``.
+        """Run the client with these flags, and return its results, which it writes to the file ``out``.
 
         Raises:
-            ClientFailed: it failed.
+            ClientFailed: the run failed.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended: its log says why
+        with contextlib.suppress(BrokenPipeError):  # the process has ended: its log says why
             self._process.stdin.write(json.dumps([*flags, "--output-file", str(out)]) + "\n")
             self._process.stdin.flush()
         if self._process.stdout.readline().strip() != "done":
@@ -53,7 +54,7 @@ class Client:
 
 
 def main() -> None:
-    """Read flags, run, answer, until the input ends."""
+    """Read flags, run the client and answer, until the input ends."""
     from sglang.benchmark.serving import cli_main
 
     for line in sys.stdin:
@@ -62,7 +63,7 @@ def main() -> None:
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 cli_main()
-        except (Exception, SystemExit):  # argparse leaves by SystemExit
+        except (Exception, SystemExit):  # argparse raises SystemExit
             traceback.print_exc()
             answer = "failed"
         print(answer, flush=True)

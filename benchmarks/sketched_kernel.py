@@ -49,14 +49,14 @@ ROWS = (
 
 
 def mla(heads: int, row: Row, page_size: int) -> Step:
-    """FlashInfer fa3 on plain MLA's rows."""
+    """Return FlashInfer fa3 on plain MLA's rows."""
     device = torch.device("cuda:0")
     shape = DecodeShape(MLA_DIM, heads, ROPE_DIM, page_size=page_size)
     return prepare(shape, row.batch, row.tokens, "random", lambda s: FlashInferDecode(s, SCALE, device, "fa3"))
 
 
 def sketched(row: Row, page_size: int) -> Step:
-    """This package's kernel; the error is that of two short requests, whose reference fits."""
+    """Return this package's kernel, with the error on two short requests, whose reference fits in memory."""
     rows = SketchedRows.of(MLA_DIM, row.groups, row.shared, ROPE_DIM)
     shape = DecodeShape.of_sketched(rows, MLA_HEADS * row.groups, page_size=page_size)
     for lengths in ([1000, 5], [row.tokens] * row.batch):
@@ -75,7 +75,7 @@ def sketched(row: Row, page_size: int) -> Step:
 
 
 def measure(row: Row, page_size: int, rounds: int, calls: int) -> dict[str, Any]:
-    """Median microseconds of fa3 with few and with all heads, and of sketched rows."""
+    """Return the median microseconds of fa3 with few and with all heads, and of sketched rows."""
     steps = {
         "mla": mla(MLA_HEADS, row, page_size),
         "mla, all heads": mla(MLA_HEADS * row.groups, row, page_size),

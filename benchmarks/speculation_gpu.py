@@ -51,22 +51,22 @@ ROOT = Path(__file__).resolve().parents[1]
 GUESSES = 3
 PARTS = ["right", "penalised", "requests", "fast", "documents", "sampled", "along", "control"]
 REQUESTS = ("--max-running-requests", "64")
-SEED = 17  # of the first server's sampler; the next server has the next seed, here and in a run that adds to draws
+SEED = 17  # the first server's sampler has this seed, each later server the next one, also in runs that add draws
 GRAMMARS = ("--grammar-backend", os.environ.get("TEST_GRAMMAR_BACKEND", "xgrammar"))
-# One graph a batch that is measured, and one between: each takes a second to capture.
+# There is one graph for each measured batch, and one between two: each takes a second to capture.
 BATCHES = ("--cuda-graph-bs-decode", "1", "2", "4", "8", "16")
 IN_TURN = ("--disable-overlap-schedule",)
 OURS = ("--attention-backend", "tpla") if DEVICE == "cuda" else ()
 GRAPHS = BATCHES if DEVICE == "cuda" else ()
 STOCK_LATENT = 512
-# Two candidates whose log-probabilities differ by less are a tie: logits of 16 to 32 are 0.125 apart in bfloat16.
+# Candidates whose log-probabilities differ by less than this are a tie: logits of 16 to 32 are 0.125 apart in bfloat16.
 TIE = 0.26
 LOGPROBS = {"return_logprob": True, "top_logprobs_num": 4}
 PENALTIES = ({"frequency_penalty": 1.5}, {"presence_penalty": 1.2}, {"repetition_penalty": 1.6})
 
 
 def prompts(tokenizer: Tokenizer, count: int, longest: int) -> list[list[int]]:
-    """Code of this repository, which nobody trained on: ``count`` prompts of 10 to ``longest`` tokens."""
+    """Return ``count`` prompts of 10 to ``longest`` tokens, of this repository's code, which nobody trained on."""
     sources = sorted((ROOT / "sglang_tpla").rglob("*.py"), key=lambda path: path.stat().st_size, reverse=True)
     found = []
     for index in range(count):
@@ -83,7 +83,7 @@ class Decoder:
         self.name, self.engines = name, engines
 
     def open(self) -> None:
-        """Wait for the servers."""
+        """Wait until the servers answer."""
         if self.name.startswith("stock"):
             assert self.engines.stock is not None
             self.engines.wait(self.engines.stock)
@@ -93,7 +93,7 @@ class Decoder:
 
     @property
     def pair(self) -> Pair:
-        """Prefill and decode server, with rooms that nobody has."""
+        """Prefill and decode server, with rooms that no other request has."""
         assert self._pair is not None
         self._pair.next_room += 100_000
         return self._pair
@@ -107,7 +107,7 @@ class Decoder:
         return self._pair.decode
 
     def ask(self, prompt: list[int], tokens: int, room: int = 0, **extra: Any) -> dict[str, Any]:
-        """One greedy answer."""
+        """Return one greedy answer."""
         if self._pair is None:
             return self.server.generate(prompt, tokens, **extra)
         pair = self._pair
@@ -115,7 +115,7 @@ class Decoder:
         return one.generate(prompt, tokens, **extra)[1]
 
     def together(self, asked: list[list[int]], tokens: int, **extra: Any) -> list[dict[str, Any]]:
-        """All at once."""
+        """Return the answers to all prompts, asked at once."""
         if self._pair is not None:
             self._pair.next_room += 1000
         with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
@@ -124,7 +124,7 @@ class Decoder:
 
 
 def parted(plain: dict[str, Any], drafted: dict[str, Any]) -> dict[str, Any] | None:
-    """The place where two greedy answers part, with both candidates' log-probabilities; None where they agree."""
+    """Return the place where two greedy answers part, with both candidates' log-probabilities; None if they agree."""
     left, right = (answer["meta_info"]["output_token_logprobs"] for answer in (plain, drafted))
     for place, (one, other) in enumerate(zip(left, right, strict=True)):
         if one[1] == other[1]:
@@ -146,7 +146,7 @@ def parted(plain: dict[str, Any], drafted: dict[str, Any]) -> dict[str, Any] | N
 def answer_all(
     decoder: Decoder, asked: list[list[int]], tokens: int, workers: int, **params: Any
 ) -> list[dict[str, Any]]:
-    """Greedy answers with log-probabilities, so many at a time, under further sampling parameters."""
+    """Return greedy answers with log-probabilities, ``workers`` at a time, under further sampling parameters."""
     sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True} | params
     return [
         answer
@@ -156,7 +156,7 @@ def answer_all(
 
 
 def penalised(decoders: dict[str, Decoder], asked: list[list[int]], tokens: int) -> dict[str, Any]:
-    """Answers under each of SGLang's penalties; and the lengths of answers that may end at any token, but not soon."""
+    """Compare answers under each of SGLang's penalties, and the lengths of answers that may end, but not soon."""
     found: dict[str, Any] = {}
     for params in PENALTIES:
         said = {kind: answer_all(one, asked, tokens, 8, **params) for kind, one in decoders.items()}
@@ -173,7 +173,7 @@ def penalised(decoders: dict[str, Decoder], asked: list[list[int]], tokens: int)
 
 
 def compare(plain: list[dict[str, Any]], drafted: list[dict[str, Any]]) -> dict[str, Any]:
-    """Two sets of greedy answers: where they part, and how far the log-probabilities of equal tokens differ."""
+    """Compare two sets of greedy answers: where they part, and how far the log-probabilities of equal tokens differ."""
     pairs = list(zip(plain, drafted, strict=True))
     places = [parted(*pair) for pair in pairs]
     differences, tokens = [], 0
@@ -198,7 +198,7 @@ def compare(plain: list[dict[str, Any]], drafted: list[dict[str, Any]]) -> dict[
 
 
 def accepted(answers: list[dict[str, Any]]) -> float | None:
-    """Tokens a step of all answers together, the target's own one included."""
+    """Return the tokens a step of all answers together, the target's own token included."""
     steps = [answer["meta_info"].get("spec_verify_ct") for answer in answers]
     if not all(steps):
         return None
@@ -206,7 +206,7 @@ def accepted(answers: list[dict[str, Any]]) -> float | None:
 
 
 def speed(decoder: Decoder, asked: list[list[int]], tokens: int, batches: list[int]) -> list[dict[str, Any]]:
-    """Tokens a second of a batch, prompts (short ones) included, the best of three; and what was accepted meanwhile."""
+    """Return the tokens a second of each batch (the best of three, short prompts included), and the tokens accepted."""
     rows = []
     decoder.together(asked[:2], 8)
     for batch in batches:
@@ -223,7 +223,7 @@ def speed(decoder: Decoder, asked: list[list[int]], tokens: int, batches: list[i
 def draws_at(
     prompt: list[int], decoders: dict[str, Decoder], draws: int, limit_s: float, made: Draws
 ) -> dict[str, Any]:
-    """Draws of a few tokens at one prompt from a server with speculation and from one without it."""
+    """Compare draws of a few tokens at one prompt by a server with speculation and by one without it."""
     rows = {kind: made.at(prompt, f"{decoder.name}, {kind}") for kind, decoder in decoders.items()}
     with concurrent.futures.ThreadPoolExecutor(len(decoders)) as pool:
         jobs = {
@@ -233,9 +233,9 @@ def draws_at(
         for kind, job in jobs.items():
             rows[kind].extend(job.result())
     for decoder in decoders.values():
-        _ = decoder.pair  # further rooms
+        _ = decoder.pair  # takes fresh rooms
     made.keep()
-    # Token 0 is prefill's. One step gives tokens 1 and 2 where it keeps the first guess.
+    # Token 0 is prefill's. One step gives tokens 1 and 2 if it keeps the first guess.
     params = {"max_new_tokens": 3, "temperature": 1.0, "ignore_eos": True, "n": 100}
     steps = [one["meta_info"]["spec_verify_ct"] for one in decoders["drafting"].ask(prompt, 3, sampling_params=params)]
     return {
@@ -247,7 +247,7 @@ def draws_at(
 
 
 def along_answers(asked: list[list[int]], decoder: Decoder, tokens: int) -> dict[str, Any]:
-    """Draws along whole answers, beside the target's own distribution."""
+    """Compare draws along whole answers with the target's own distribution."""
     params = {"max_new_tokens": tokens, "temperature": 1.0, "ignore_eos": True}
     said = [
         answer
@@ -259,7 +259,7 @@ def along_answers(asked: list[list[int]], decoder: Decoder, tokens: int) -> dict
 
 
 def start_stock(engines: Engines, *flags: str) -> None:
-    """Stock SGLang without a plug-in, on the one of its backends that computes prompts and steps of any batch here."""
+    """Start stock SGLang without a plug-in, on the only one of its backends that serves prompts and any batch here."""
     (port,) = free_ports(1)
     command = (
         "-m", "sglang.launch_server", "--model-path", engines.model, *SHARED_FLAGS, "--port", str(port), *REQUESTS,
@@ -297,7 +297,7 @@ def main() -> None:
     seeds = itertools.count(SEED + 100 * made.runs)
 
     def sampler() -> tuple[str, ...]:
-        """Servers of one seed could draw alike."""
+        """Return the flags of a new seed: servers of one seed could draw the same tokens."""
         return (*GRAMMARS, "--random-seed", str(next(seeds)))
 
     parts: dict[str, Any] = {}
@@ -316,7 +316,7 @@ def main() -> None:
     short = [ids[:64] for ids in asked if len(ids) >= 64]
 
     def keep(name: str, work: Callable[[], Any]) -> None:
-        """One part: whatever becomes of it, the file has the others."""
+        """Run one part and write the file, which has the other parts even if this one fails."""
         start = time.monotonic()
         if start - began > args.limit_s:
             parts[name] = {"skipped": f"after {start - began:.0f} s"}
@@ -336,12 +336,12 @@ def main() -> None:
     with TemporaryDirectory() as scratch:
         logs = args.out.parent
         stocks: dict[str, Engines] = {}
-        # each kind has a prefill server of its own: half a pair that drafts is refused
+        # Each kind has a separate prefill server: a pair in which only one server drafts is refused.
         engines = {kind: Engines(str(args.model), logs / kind) for kind in ("drafting", "plain")}
         try:
             for one in engines.values():
                 one.log.mkdir(parents=True, exist_ok=True)
-            # The prompts' backend computes prompts alone: SGLang's own tables have none for the draft's guesses.
+            # The prompts' backend computes only prompts: SGLang's tables have no backend for the draft's guesses.
             draft = ("--speculative-draft-attention-backend", "triton") if DEVICE == "cuda" else ()
             engines["drafting"].start_prefill(*REQUESTS, *sampler(), *speculation, *draft)
             engines["plain"].start_prefill(*REQUESTS, *sampler())
@@ -371,7 +371,7 @@ def main() -> None:
             opened: dict[str, dict[str, Decoder]] = {}
 
             def both(name: str) -> dict[str, Decoder]:
-                """The two servers of a layout, up."""
+                """Return the two servers of a layout once they answer."""
                 if name not in opened:
                     source = stocks if name == "stock" else engines
                     opened[name] = {kind: Decoder(one, name) for kind, one in source.items()}
@@ -382,27 +382,27 @@ def main() -> None:
             said: dict[tuple[str, str], list[dict[str, Any]]] = {}
 
             def answers(name: str, kind: str) -> list[dict[str, Any]]:
-                """The answers of a server to all prompts, each asked once."""
+                """Return a server's answers to all prompts, each asked once."""
                 if (name, kind) not in said:
                     said[name, kind] = answer_all(both(name)[kind], asked, args.tokens, 8)
                 return said[name, kind]
 
             def right(name: str) -> dict[str, Any]:
-                """With speculation beside without it."""
+                """Compare answers with speculation and without."""
                 return compare(answers(name, "plain"), answers(name, "drafting"))
 
             def control(name: str) -> dict[str, Any]:
-                """Without speculation in other batches: what bfloat16 does by itself."""
+                """Compare answers without speculation in different batches, to see the effect of bfloat16 alone."""
                 return compare(answers(name, "plain"), answer_all(both(name)["plain"], asked, args.tokens, 16))
 
             def documents(name: str) -> dict[str, Any]:
-                """Answers to documents: what is accepted, and whether they part."""
+                """Compare answers to documents: the tokens accepted, and whether the answers part."""
                 told = json.loads(args.documents.read_text())
                 said = {kind: answer_all(one, told, 64, 16) for kind, one in both(name).items()}
                 return compare(said["plain"], said["drafting"])
 
             def part(question: str, name: str) -> None:
-                """One question about one layout."""
+                """Answer one question about one layout."""
                 if question == "right":
                     keep(f"{name}: right", lambda: right(name))
                 elif question == "penalised" and name != "stock":

@@ -1,4 +1,4 @@
-"""What `speculation_gpu.py` asks of a decode server besides greedy answers: samples, and requests of every kind."""
+"""The requests of `speculation_gpu.py` to a decode server besides greedy ones: samples, and requests of every kind."""
 
 import concurrent.futures
 import json
@@ -14,16 +14,16 @@ import torch
 from tests.e2e.servers import Pair, idle, wait_idle
 from tests.e2e.traffic import Answer, Route
 
-RANKS = 4  # likeliest tokens that are told apart
+RANKS = 4  # number of likeliest tokens that are counted separately
 FEW = 20  # a cell of a chi-squared test with fewer draws is pooled with others
 PATTERN = "[0-9]{3}-[ab]{2}"
 
 
 def chances(answers: list[dict[str, Any]]) -> dict[str, Any]:
-    """How often sampled tokens were the target's likeliest one, its second and so on, beside how often they should be.
+    """Compare how often sampled tokens were the target's likeliest, its second and so on, with the expected counts.
 
     The answers come with the target's own log-probabilities of the ``RANKS`` likeliest tokens at every place. The first
-    token of an answer is prefill's and is left out. ``deviations`` are in standard deviations of a right sampler.
+    token of an answer is prefill's and is not counted. ``deviations`` are in standard deviations of a right sampler.
     """
     seen, expected, variance = (torch.zeros(RANKS + 1, dtype=torch.float64) for _ in range(3))
     for answer in answers:
@@ -47,7 +47,7 @@ def chances(answers: list[dict[str, Any]]) -> dict[str, Any]:
 def draw(
     ask: Callable[..., Any], prompt: list[int], tokens: int, draws: int, limit_s: float, at_once: int = 8
 ) -> list[tuple[int, ...]]:
-    """The first ``tokens`` tokens of ``draws`` samples, or of as many as there is time for.
+    """Return the first ``tokens`` tokens of ``draws`` samples, or of as many as there is time for.
 
     Args:
         ask: as `Decoder.ask`, called by ``at_once`` threads with rooms that are 100 apart.
@@ -66,7 +66,7 @@ def draw(
 
 
 class Draws:
-    """Draws at several prompts by servers of every kind, which a further run adds to where they are kept in a file."""
+    """Draws at several prompts by servers of every kind; if they are kept in a file, a later run adds to them."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -78,7 +78,7 @@ class Draws:
         }
 
     def at(self, prompt: list[int], kind: str) -> list[tuple[Any, ...]]:
-        """The draws at a prompt by servers of a kind, to be added to."""
+        """Return the list of draws at a prompt by servers of a kind; callers add to it."""
         return self._rows.setdefault(" ".join(map(str, prompt)), {}).setdefault(kind, [])
 
     def keep(self) -> None:
@@ -88,7 +88,7 @@ class Draws:
 
 
 def same_source(one: Counter[Any], other: Counter[Any]) -> dict[str, Any]:
-    """A chi-squared test of two samples of a categorical distribution; cells of few draws are pooled."""
+    """Run a chi-squared test of two samples of a categorical distribution; cells of few draws are pooled."""
     cells: list[list[float]] = [[0.0, 0.0]]
     for key in one | other:
         pair = [float(one[key]), float(other[key])]
@@ -106,7 +106,7 @@ def same_source(one: Counter[Any], other: Counter[Any]) -> dict[str, Any]:
 
 
 def compare_draws(plain: list[tuple[int, ...]], drafted: list[tuple[int, ...]]) -> dict[str, Any]:
-    """With speculation beside without it: single tokens from prefill's on, and pairs of neighbours."""
+    """Compare draws with and without speculation: single tokens from prefill's on, and pairs of neighbours."""
     spans = [(first, first + width) for width in (1, 2) for first in range(len(plain[0]) + 1 - width)]
     return {
         f"tokens {first} to {end - 1}": same_source(
@@ -117,9 +117,9 @@ def compare_draws(plain: list[tuple[int, ...]], drafted: list[tuple[int, ...]]) 
 
 
 def every_kind(pair: Pair, prompt: list[int], tokens: int = 40) -> dict[str, Any]:
-    """Whether requests that stop early, obey a grammar, stream, share a prefix or are dropped do what they should.
+    """Return whether requests that stop early, obey a grammar, stream, share a prefix or are dropped do so properly.
 
-    Everything is held against the same server's own whole answer, whose prompt is in prefill's cache by then.
+    Each is compared with the same server's whole answer, whose prompt is in prefill's cache by then.
     """
     route, found = Route(pair.prefill, pair.bootstrap, pair.decode), {}
 

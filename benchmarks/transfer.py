@@ -63,7 +63,7 @@ ENGINES = Path(__file__).parent / "out" / "engines"  # where `make bench-engines
 
 
 def random_bytes(size: int) -> np.ndarray:
-    """Bytes that no layer below can make cheap (uint8), on the boundary of a cache line, as torch allocates a pool."""
+    """Return random uint8 bytes (zeros could be cheaper to move), aligned to a cache line, as torch aligns a pool."""
     block = np.random.default_rng(0).integers(0, 256, PIECE, dtype=np.uint8)
     memory = np.empty(size + LINE_BYTES, dtype=np.uint8)
     aligned = memory[-memory.ctypes.data % LINE_BYTES :][:size]
@@ -73,24 +73,24 @@ def random_bytes(size: int) -> np.ndarray:
 
 
 def make_pool(tokens: int, layers: int) -> CachePool:
-    """A pool of random rows in memory that numpy allocates, as that of all contestants: it asks for huge pages."""
+    """Return a pool of random rows. As for all contestants, numpy allocates the memory: numpy asks for huge pages."""
     rows = [torch.from_numpy(random_bytes(tokens * ROW_BYTES)) for _ in range(layers)]
     return CachePool([row.view(torch.bfloat16).view(tokens, -1) for row in rows], LATENT, ROPE, PAGE)
 
 
 class NoChecksum:
-    """Takes any payload for sound."""
+    """A checksum that accepts any payload."""
 
-    pointer = None  # C leaves it out
+    pointer = None  # C then computes no checksum
 
     def __init__(self, *_: object) -> None:
         pass
 
     def update(self, data: object) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def digest(self) -> bytes:
-        """The same for all."""
+        """Return the same digest for all payloads."""
         return bytes(8)
 
 
@@ -103,18 +103,19 @@ def switch_checksums(on: bool) -> None:
     messages.checksum, messages.running_checksum, copy.Checksum = CHECKSUMS if on else off
 
 
-# Children: each serves commands from a pipe and answers with (seconds, cpu_seconds) or a value.
+# The functions below run in children. Each serves commands from a pipe, and answers with (seconds, cpu_seconds) or a
+# value.
 
 
 def use_keys(folder: str | None) -> None:
-    """Let this process's agents use keys, or none."""
+    """Let this process's agents use the keys in a folder, or no keys."""
     os.environ.pop(KEYS_VARIABLE, None)
     if folder is not None:
         os.environ[KEYS_VARIABLE] = folder
 
 
 def prefill_child(pipe: Connection, tokens: int, layers: int, gigabits_s: float, keys_folder: str | None) -> None:
-    """A prefill agent with random rows."""
+    """Run a prefill agent with random rows."""
     torch.set_num_threads(1)
     use_keys(keys_folder)
     pace_channels(gigabits_s)
@@ -142,7 +143,7 @@ def prefill_child(pipe: Connection, tokens: int, layers: int, gigabits_s: float,
 def decode_child(
     pipe: Connection, tokens: int, layers: int, port: int, host_id: str | None, keys_folder: str | None
 ) -> None:
-    """A decode agent with an empty pool."""
+    """Run a decode agent with an empty pool."""
     torch.set_num_threads(1)
     use_keys(keys_folder)
     pool = make_pool(tokens, layers)
@@ -166,7 +167,7 @@ def decode_child(
 
 
 def socket_child(pipe: Connection, size: int, tls: bool) -> None:
-    """The receiving end of the raw socket, or of TLS."""
+    """Run the receiving end of the raw socket, or of TLS."""
     target = random_bytes(size)
     server = socket.create_server(("127.0.0.1", 0))
     pipe.send(server.getsockname()[1])
@@ -183,18 +184,18 @@ def socket_child(pipe: Connection, size: int, tls: bool) -> None:
 
 
 def zmq_child(pipe: Connection, size: int, with_keys: bool) -> None:
-    """The receiving end of ZMQ."""
+    """Run the receiving end of ZMQ."""
     target = random_bytes(size)
     pipe.send("ready")
     encrypted.zmq_child(pipe, target, with_keys)
 
 
 def copy_child(pipe: Connection, descriptor_path: str, size: int) -> None:
-    """Copies out of shared memory into its own."""
+    """Copy from shared memory into the child's own memory."""
     target = random_bytes(size)
     with open(descriptor_path, "rb") as file:
         shared = np.frombuffer(mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ), dtype=np.uint8)
-    int(shared[:: mmap.PAGESIZE].sum())  # mapped page by page once, not in the measurement
+    int(shared[:: mmap.PAGESIZE].sum())  # map every page now, not during the measurement
     pipe.send("ready")
     while (want := pipe.recv()) is not None:
         before = cpu_seconds()
@@ -203,7 +204,7 @@ def copy_child(pipe: Connection, descriptor_path: str, size: int) -> None:
 
 
 def run_child(target: Callable[..., None], *args: Any) -> None:
-    """In a child: it ends with its parent, however that ends."""
+    """Run ``target`` in a child that ends with its parent, however the parent ends."""
     end_with_parent()
     target(*args)
 
@@ -220,7 +221,7 @@ class Child:
         self.first = self.pipe.recv()
 
     def end(self) -> None:
-        """Tell it to stop and wait."""
+        """Tell the child to stop, and wait for its end."""
         with contextlib.suppress(BrokenPipeError):
             self.pipe.send(None)
         self.process.join(10)
@@ -274,24 +275,24 @@ class Bench:
                 self.missing[name] = str(error)
 
     def child(self, target: Callable[..., None], *args: Any) -> Child:
-        """A child that ends with the run."""
+        """Start a child that ends with the run."""
         item = Child(target, *args)
         self.stack.callback(item.end)
         return item
 
     def bytes(self, tokens: int) -> int:
-        """Payload of a length."""
+        """Return the payload's bytes for a number of tokens."""
         return tokens * self.layers * ROW_BYTES
 
     @staticmethod
     def timed(work: Callable[[], object]) -> tuple[float, float]:
-        """Wall and CPU seconds."""
+        """Return the wall and CPU seconds of ``work``."""
         before, start = cpu_seconds(), time.perf_counter()
         work()
         return time.perf_counter() - start, cpu_seconds() - before
 
     def agent(self, prefill: Child, decode: Child, tokens: int, checked: bool) -> tuple[float, float]:
-        """One room."""
+        """Move one room, and return its wall and CPU seconds."""
         self.room += 1
         count = tokens // PAGE
         prefill.pipe.send((self.room, self.pages[:count], checked))
@@ -300,7 +301,7 @@ class Bench:
         return seconds, cpu + decode.pipe.recv()
 
     def raw_tcp(self, source: np.ndarray, tls: bool = False) -> Measure:
-        """One connection, large pieces, and one byte back at the end."""
+        """Return the measurement of one connection with large pieces, and one byte back at the end."""
         child = self.child(socket_child, self.size, tls)
         stream = socket.create_connection(("127.0.0.1", child.first))
         pace(stream, self.gigabits_s)
@@ -315,20 +316,20 @@ class Bench:
         return lambda tokens: self.sent(child, send, tokens)
 
     def sent(self, child: Child, send: Callable[[int], object], tokens: int) -> tuple[float, float]:
-        """What it takes to send a length to a child, which answers with the CPU seconds that it took itself."""
+        """Return the wall and CPU seconds of sending to a child, which answers with its own CPU seconds."""
         child.pipe.send(self.bytes(tokens))
         seconds, cpu = self.timed(lambda: send(self.bytes(tokens)))
         return seconds, cpu + child.pipe.recv()
 
     def zmq(self, source: np.ndarray, with_keys: bool) -> Measure:
-        """Chunks as they went before."""
+        """Return the measurement of chunks over ZMQ, as agents sent them before."""
         child = self.child(zmq_child, self.size, with_keys)
         where, send = encrypted.zmq_sender(source, with_keys)
         child.pipe.send(where)
         return lambda tokens: self.sent(child, send, tokens)
 
     def shared_copy(self, source: np.ndarray) -> Measure:
-        """Into an anonymous shared file, then out of it elsewhere."""
+        """Return the measurement of a copy into an anonymous shared file, and out of it in another process."""
         file = os.memfd_create("bench")
         self.stack.callback(os.close, file)
         os.ftruncate(file, self.size)
@@ -355,7 +356,7 @@ class Bench:
 def measure(
     tokens: Sequence[int], layers: int, repeat: int, without: Sequence[str], gigabits_s: float
 ) -> list[dict[str, Any]]:
-    """All contestants at some lengths with one number of layers; also which could not be measured, and why."""
+    """Measure all contestants at some lengths with one number of layers; the rows also say which failed, and why."""
     rows: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         bench = Bench(max(tokens), layers, gigabits_s, stack)
@@ -366,7 +367,7 @@ def measure(
                     if name not in without:
                         taken.setdefault(name, []).append(once(count))
             gigabytes = bench.bytes(count) / 1e9
-            for name, (_, *kept) in taken.items():  # the first warms up
+            for name, (_, *kept) in taken.items():  # the first is a warm-up
                 seconds, cpu = min(kept)
                 median = statistics.median(wall for wall, _ in kept)
                 rows.append(
@@ -392,7 +393,7 @@ def measure(
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure all contestants, print the results, and write them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
     parser.add_argument("--repeat", type=int, default=5)

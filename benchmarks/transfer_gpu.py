@@ -41,17 +41,17 @@ from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
 from sglang_tpla.transfer.room import RoomState
 
-NAP_S = 0.0002  # as SGLang's scheduler naps beside our agent
+NAP_S = 0.0002  # the nap that SGLang's scheduler takes with our agent
 
 
 def make_pool(tokens: int, width: int, device: str) -> CachePool:
-    """Random rows."""
+    """Return a pool of random rows."""
     layers = [torch.randn(tokens, width + ROPE, device=device).to(torch.bfloat16) for _ in range(LAYERS)]
     return CachePool(layers, LATENT, ROPE, 1)
 
 
 def look(agent: PrefillAgent | DecodeAgent, room: int, past: RoomState, nap: bool) -> None:
-    """Poll as a scheduler, until a room is beyond a state: a pass takes some tens of microseconds."""
+    """Poll as a scheduler does, some tens of microseconds a pass, until a room is beyond a state."""
     while not past < agent.poll(room) and not agent.poll(room).ended:
         for _ in range(400):
             pass
@@ -60,7 +60,7 @@ def look(agent: PrefillAgent | DecodeAgent, room: int, past: RoomState, nap: boo
 
 
 def set_up(threads: int, switch_s: float, device: str) -> None:
-    """As a server's process."""
+    """Set this process up as a server's process."""
     sys.setswitchinterval(switch_s)
     torch.set_num_threads(1)
     agents.WORKERS["cuda"] = agents.CHECKERS["cuda"] = threads
@@ -69,7 +69,7 @@ def set_up(threads: int, switch_s: float, device: str) -> None:
 
 
 def prefill_child(pipe: Connection, job: dict[str, Any]) -> None:
-    """Serves the pipe: a number of tokens, and it sends as many."""
+    """Run a prefill agent that reads a number of tokens from the pipe, and sends as many."""
     set_up(job["threads"], job["switch_s"], job["source"])
     pool = make_pool(job["tokens"], LATENT, job["source"])
     agent = PrefillAgent(
@@ -98,7 +98,7 @@ def prefill_child(pipe: Connection, job: dict[str, Any]) -> None:
 
 
 def decode_child(pipe: Connection, job: dict[str, Any], rank: int, address: tuple[str, int]) -> None:
-    """Serves the pipe: a number of tokens, and it fetches as many."""
+    """Run a decode agent that reads a number of tokens from the pipe, and fetches as many."""
     ranks = job["ranks"]
     device = job["targets"][rank]
     set_up(job["threads"], job["switch_s"], device)
@@ -130,7 +130,7 @@ def decode_child(pipe: Connection, job: dict[str, Any], rank: int, address: tupl
 
 
 def measure(job: dict[str, Any], lengths: list[int], repeats: int) -> list[dict[str, Any]]:
-    """One setting: every length."""
+    """Measure one setting at every length."""
     rows = []
     with contextlib.ExitStack() as stack:
         prefill = Child(prefill_child, job)
@@ -170,7 +170,7 @@ def measure(job: dict[str, Any], lengths: list[int], repeats: int) -> list[dict[
 
 
 def ceilings(size: int) -> dict[str, float]:
-    """GB/s of each part alone."""
+    """Return the GB/s of each part alone."""
     host = torch.empty(size, dtype=torch.uint8, pin_memory=True).random_()
     device = torch.empty(size, dtype=torch.uint8, device="cuda")
 

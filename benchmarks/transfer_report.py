@@ -7,7 +7,7 @@ from wire_values import wire_values
 
 
 def ratios(rows: list[dict[str, Any]], tokens: int, figure: str) -> dict[str, float | None]:
-    """Our goodput over that of each other contestant, at one length; None where one was not measured."""
+    """Return our goodput over that of each other contestant at one length; None if one of them was not measured."""
     goodput = {row["contestant"]: row[figure] for row in rows if row["tokens"] == tokens}
 
     def over(name: str, ours: str) -> float | None:
@@ -35,7 +35,7 @@ def ratios(rows: list[dict[str, Any]], tokens: int, figure: str) -> dict[str, fl
 
 
 def wire_counts() -> list[dict[str, Any]]:
-    """The values of a token that travel for 8 ranks of one host, in several layouts."""
+    """Return the values of a token that are sent for 8 ranks of one host, in several layouts."""
     return [
         {"ranks": 8, "groups": groups, "shared": shared, "host": place, "values": wire_values(8, groups, shared, host)}
         for groups, shared in ((1, 0), (2, 128), (4, 128), (8, 64), (2, 0))
@@ -44,7 +44,7 @@ def wire_counts() -> list[dict[str, Any]]:
 
 
 def report(measured: Sequence[dict[str, Any]], tokens: Sequence[int]) -> dict[str, Any]:
-    """Sum up the measurements of all lengths; the longest one gives the main figures."""
+    """Sum up the measurements of all lengths; the longest gives the main figures."""
     rows = [row for row in measured if "missing" not in row]
     counts, most = wire_counts(), max(tokens)
     return {

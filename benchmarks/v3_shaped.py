@@ -1,7 +1,7 @@
-"""A checkpoint and an artifact of DeepSeek-V3's latent shape with random weights, for what is timed and not read.
+"""A checkpoint and an artifact of DeepSeek-V3's latent shape with random weights, for benchmarks that only time.
 
-The latent (512 + 64 values a token and layer) and the heads' sizes are V3's; how many layers and heads, and how wide
-everything else is, is the caller's.
+The latent (512 + 64 values a token and layer) and the heads' sizes are V3's; the caller chooses the numbers of layers
+and heads and all other widths.
 """
 
 import json
@@ -22,11 +22,11 @@ SMALL = {"heads": 16, "hidden": 256, "query_latent": 128, "intermediate": 512}  
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes that are not V3's latent's.
+    """The sizes that the caller chooses.
 
     Args:
-        layers: all with a dense feed-forward part of ``intermediate``.
-        context: tokens.
+        layers: number of layers, all with a dense feed-forward part of ``intermediate``.
+        context: the longest context in tokens.
     """
 
     layers: int
@@ -38,11 +38,11 @@ class Shape:
 
 
 def write_checkpoint(folder: Path, shape: Shape, only_identity: bool = False) -> None:
-    """Config, tokenizer and bf16 weights.
+    """Write config, tokenizer and bf16 weights.
 
     Args:
-        only_identity: just the weights that name a checkpoint (`weights_hash`), the same in every layer, for servers
-            that make up all of them (``--load-format dummy``).
+        only_identity: write only the weights that identify a checkpoint (`weights_hash`), the same in every layer, for
+            servers that make up all weights (``--load-format dummy``).
     """
     config = json.loads((NANO / "config.json").read_text())
     config |= {
@@ -94,7 +94,7 @@ def write_checkpoint(folder: Path, shape: Shape, only_identity: bool = False) ->
 
 
 def write_artifact(path: Path, model: Path, groups: int) -> None:
-    """Maps that cut the latent into ``groups`` runs of columns: transform ``identity``, nothing calibrated."""
+    """Write maps that cut the latent into ``groups`` runs of columns: transform ``identity``, without calibration."""
     config = json.loads((model / "config.json").read_text())
     layers, width = config["num_hidden_layers"], LATENT // groups
     columns = torch.eye(LATENT).split(width, dim=1)
@@ -120,7 +120,7 @@ def write_artifact(path: Path, model: Path, groups: int) -> None:
 
 
 def write_sketched_artifact(path: Path, model: Path, groups: int, shared: int = 64, sketch_bits: int = 4) -> None:
-    """Maps of sketched rows that keep ``shared`` columns on every rank and deal out the others: nothing calibrated."""
+    """Write maps of sketched rows that share ``shared`` columns and deal out the others, without calibration."""
     config = json.loads((model / "config.json").read_text())
     layers, own = config["num_hidden_layers"], (LATENT - shared) // groups
     columns = torch.eye(LATENT)

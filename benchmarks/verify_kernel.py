@@ -30,7 +30,7 @@ CALLS, ROUNDS = 10, 15
 
 
 def shapes(query_len: int) -> dict[str, DecodeShape]:
-    """The rows that are measured."""
+    """Return the shapes that are measured, by name."""
     return {
         "plain, 256": DecodeShape(256, HEADS, query_len=query_len),
         "plain, 320": DecodeShape(320, HEADS, query_len=query_len),
@@ -40,7 +40,7 @@ def shapes(query_len: int) -> dict[str, DecodeShape]:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Microseconds at every query length, and the largest error of the first request."""
+    """Return the microseconds at every query length, and the largest error of the first request."""
     timers, errors, kept = [], [], []
     for query_len in range(1, MAX_QUERY_LEN + 1):
         shape = shapes(query_len)[name]
@@ -58,7 +58,7 @@ def measure(name: str) -> dict[str, Any]:
             kernel.run(case.q_latent, case.q_rope, case.kv_cache, out)
 
         timers.append(capture(run, CALLS))
-        kept.append(run)  # a graph does not keep what it reads
+        kept.append(run)  # a graph does not keep its inputs alive
     samples = [[timer() for timer in timers] for _ in range(ROUNDS)]
     us = [1000 * statistics.median(times) for times in zip(*samples, strict=True)]
     ratios = [time / us[0] for time in us]

@@ -1,4 +1,4 @@
-"""Count the values of a token and layer that travel for all ranks of one host; nothing is timed."""
+"""Count the values of a token and layer that are sent for all ranks of one host; nothing is timed."""
 
 import contextlib
 import threading
@@ -17,7 +17,7 @@ LATENT, ROPE, PAGE = 512, 64, 64
 
 
 def wire_values(ranks: int, groups: int, shared: int, host_id: str | None) -> float:
-    """Values a token and layer that travel (or lie in shared memory) for all ranks of one host."""
+    """Return the values of a token and layer that are sent (or put into shared memory) for all ranks of one host."""
     tokens, width = 1024, shared + -(-(LATENT - shared) // groups)
     pool = CachePool([torch.randn(tokens, LATENT + ROPE).bfloat16() for _ in range(2)], LATENT, ROPE, PAGE)
     metadata = MetadataRows([np.zeros((1, 64), dtype=np.uint8)])

@@ -2,8 +2,8 @@
 
     python examples/frontend_language.py --url http://127.0.0.1:30000
 
-Nothing in it knows of TPLA: the router's address is an ordinary SGLang endpoint. The shipped nano checkpoint
-only continues Python source, so the program asks for that.
+Nothing in the program knows about TPLA: the router's address is an ordinary SGLang endpoint. The shipped nano
+checkpoint only continues Python source, so the program asks for that.
 """
 
 import argparse
@@ -18,7 +18,7 @@ NAMES = ["read", "write", "close"]
 
 
 class RouterEndpoint(sgl.RuntimeEndpoint):
-    """An endpoint behind ``sglang_router``, which takes one text a request where a server takes a list."""
+    """An endpoint behind ``sglang_router``, which takes one text a request, while a server takes a list."""
 
     def _generate_http_request(self, s: Any, data: dict[str, Any]) -> Any:
         for name in ("text", "input_ids"):
@@ -30,7 +30,7 @@ class RouterEndpoint(sgl.RuntimeEndpoint):
 
 @sgl.function
 def complete(s, signature: str) -> None:
-    """gen: go on from a function's head up to an empty line."""
+    """gen: continue from a function's head up to an empty line."""
     s += signature
     s += sgl.gen("body", max_tokens=32, stop="\n\n", temperature=0)
 
@@ -44,7 +44,7 @@ def annotate(s, source: str) -> None:
 
 @sgl.function
 def methods(s, header: str) -> None:
-    """fork: several continuations of one prefix, side by side, gathered again."""
+    """fork: make several continuations of one prefix at once, and gather them."""
     s += header
     forks = s.fork(len(NAMES))
     for fork, name in zip(forks, NAMES, strict=True):
@@ -62,13 +62,13 @@ def check(condition: bool, expected: str, came: object) -> None:
 
 
 def main() -> int:
-    """Returns the exit code; an error of a request is raised by the frontend."""
+    """Run the program, and return the exit code; the frontend raises the errors of requests."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", default="http://127.0.0.1:30000", help="the router, or any SGLang server")
     url = parser.parse_args().url.rstrip("/")
     console = Console(highlight=False)
     try:
-        sgl.set_default_backend(RouterEndpoint(url))  # it asks for the model
+        sgl.set_default_backend(RouterEndpoint(url))  # this asks the server for its model
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: expected a deployment at {url}; {error}") from error
 

@@ -17,7 +17,7 @@ def check(condition: bool, expected: str, came: object) -> None:
 
 
 def main() -> int:
-    """Returns the exit code."""
+    """Run the program, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", default="http://127.0.0.1:30000", help="the router, or any SGLang server")
     url = parser.parse_args().url.rstrip("/")
@@ -29,7 +29,7 @@ def main() -> int:
 
 
 def ask(url: str, console: Console) -> None:
-    """Ask for everything once, and print it."""
+    """Ask for everything once, and print the answers."""
     with OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120) as client:
         model = client.models.list().data[0].id
         console.print(f"model {model}", markup=False)

@@ -1,11 +1,11 @@
-"""The whole of it on a CPU, in minutes: prefill, TPLA decode on two ranks, router, beside plain MLA.
+"""Show the whole package on a CPU, in minutes: prefill, TPLA decode on two ranks, router, and plain MLA to compare.
 
     make quickstart
 
-Starts the deployment of ``launch/quickstart.yaml`` on free ports and, for comparison, a stock SGLang server
-with plain MLA; sends both the same prompts; prints every answer beside plain MLA's, where they part, the
-cache bytes of a token and rank, what the artifact costs on held-out text, and what each transfer moved. Then
-it ends everything, and checks that nothing is left.
+This program starts the deployment of ``launch/quickstart.yaml`` on free ports and, for comparison, a stock SGLang
+server with plain MLA, and sends both the same prompts. It prints every answer with plain MLA's, where they part, the
+cache bytes of a token and rank, the artifact's error on held-out text, and the bytes that each transfer moved. Then it
+ends everything, and checks that nothing is left.
 """
 
 import json
@@ -43,19 +43,20 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "launch/quickstart.yaml"
 START_TIMEOUT_S = 600.0
 NEW_TOKENS = 48
-# The launcher's first modules in alphabetical order, cut at these lengths: a rule, so that nobody chose prompts by
-# their answers, and text that nothing was trained or calibrated on. The longest travels in more than one chunk.
+# The prompts are the launcher's first modules in alphabetical order, cut at these lengths. With this rule nobody can
+# choose prompts by their answers, and no model was trained or calibrated on this text. The longest prompt takes more
+# than one chunk.
 PROMPT_CHARACTERS = (250, 800, 2000, 4200)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server said to a prompt.
+    """A server's answer to a prompt.
 
     Args:
         text: the continuation.
         tokens: its token numbers.
-        logprobs: log-probability of each.
+        logprobs: the log-probability of each token.
         prompt_tokens: length of the prompt.
     """
 
@@ -66,14 +67,14 @@ class Answer:
 
 
 def prompts() -> list[str]:
-    """What both are asked: whole lines from the beginnings of modules."""
+    """Return the prompts for both servers: whole lines from the beginnings of modules."""
     modules = sorted(path for path in (ROOT / "sglang_tpla/launch").glob("*.py") if path.name[0] != "_")
     pairs = zip(modules, PROMPT_CHARACTERS, strict=False)
     return [path.read_text()[:length].rpartition("\n")[0] + "\n" for path, length in pairs]
 
 
 def free_base_port() -> int:
-    """A port with the next ones free as well: one for each address of the deployment."""
+    """Return a port whose next ones are free as well: the deployment needs one for each of its addresses."""
     for base in range(31000, 60000, 16):
         try:
             for offset in range(6):
@@ -86,7 +87,7 @@ def free_base_port() -> int:
 
 
 def stock_server(prefill: Process, port: int) -> Process:
-    """Plain MLA: the prefill server's own flags, without disaggregation and without this package's role."""
+    """Start plain MLA with the prefill server's flags, without disaggregation and without this package's role."""
     config = read_file(CONFIG).common
     flags = [f"--{name}={config[name]}" for name in ("model-path", "device", "dtype", "max-total-tokens")]
     command = (sys.executable, "-m", "sglang.launch_server", *flags, f"--port={port}", "--host=127.0.0.1")
@@ -94,7 +95,7 @@ def stock_server(prefill: Process, port: int) -> Process:
 
 
 def ask(url: str, prompt: str) -> Answer:
-    """One greedy continuation.
+    """Return one greedy continuation.
 
     Raises:
         httpx.HTTPStatusError: the server refused.
@@ -110,19 +111,19 @@ def ask(url: str, prompt: str) -> Answer:
 
 
 def same_tokens(ours: Answer, theirs: Answer) -> int:
-    """How many tokens agree before the first that does not."""
+    """Return the number of tokens that agree before the first that does not."""
     pairs = zip(ours.tokens, theirs.tokens, strict=False)
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(ours.tokens), len(theirs.tokens)))
 
 
 def shortened(text: str, lines: int = 10) -> Text:
-    """The text as it is, without markup, cut after some lines."""
+    """Return the text without interpreting markup, cut after ``lines`` lines."""
     kept = text.splitlines()
     return Text("\n".join(kept[:lines] + ["..."] * (len(kept) > lines)))
 
 
 def show_answers(console: Console, answers: list[tuple[str, Answer, Answer]]) -> None:
-    """Each prompt's two continuations side by side, and how far they agree."""
+    """Print each prompt's two continuations side by side, and how far they agree."""
     agreed = total = 0
     distances: list[float] = []
     for prompt, ours, theirs in answers:
@@ -144,7 +145,7 @@ def show_answers(console: Console, answers: list[tuple[str, Answer, Answer]]) ->
 
 
 def show_cache(console: Console, decode: Process) -> None:
-    """Cache bytes of one token on one rank, from the decode server itself, and what its artifact says of its error."""
+    """Print the cache bytes of a token and rank, as the decode server reports them, and its artifact's error report."""
     info = httpx.get(decode.url + "/server_info", timeout=30, trust_env=False).json()["tpla"]
     ours, layers = info["cache_bytes_per_token_and_rank"], len(info["widths"])
     mla = 2 * layers * (info["latent_dim"] + info["rope_dim"])
@@ -163,20 +164,20 @@ def show_cache(console: Console, decode: Process) -> None:
 
 
 def transfers(log: Path) -> list[dict[str, Any]]:
-    """The transfer agent's own lines, one for each finished request and rank."""
+    """Return the transfer agent's log lines, one for each finished request and rank."""
     lines = log.read_text(errors="replace").splitlines()
     return [json.loads(line.split(" transfer ", 1)[1]) for line in lines if " transfer {" in line]
 
 
 def show_transfers(console: Console, found: list[dict[str, Any]]) -> None:
-    """Bytes and time of each transfer, as its receiver saw it."""
+    """Print the bytes and the time of each transfer, as its receiver saw them."""
     table = Table(title="Transfers from the prefill server, as each decode rank saw them", box=box.SIMPLE_HEAD)
     for name in ("prompt tokens", "decode rank", "chunks", "over TCP", "through shared memory", "time", "result"):
         table.add_column(name, justify="right")
     for line in found:
         table.add_row(
             *(str(line[name]) for name in ("tokens", "rank", "chunks")),
-            f"{line['bytes'] - line['shared_memory_bytes']:,} bytes",  # "bytes" counts both ways
+            f"{line['bytes'] - line['shared_memory_bytes']:,} bytes",  # "bytes" counts TCP and shared memory
             f"{line['shared_memory_bytes']:,} bytes",
             f"{1000 * line['seconds']:.1f} ms",
             line["result"],
@@ -185,10 +186,10 @@ def show_transfers(console: Console, found: list[dict[str, Any]]) -> None:
 
 
 def run(console: Console, supervisor: Supervisor) -> None:
-    """Start, ask, show.
+    """Start the servers, ask them, and print the results.
 
     Raises:
-        ChildDied, StartTimeout: a server did not come up or went away.
+        ChildDied, StartTimeout: a server did not start, or ended early.
     """
     port = free_base_port()
     tokens = ["--role", "all", "--config", CONFIG, "--port", str(port)]
@@ -208,7 +209,7 @@ def run(console: Console, supervisor: Supervisor) -> None:
 
 
 def belongings(supervisor: Supervisor) -> Reaper:
-    """Every process of the servers and the shared memory that they hold now."""
+    """Return every process of the servers and the shared memory that they hold now."""
     found = Reaper()
     found.foreign = set()
     found.sessions = {child.pid for child in supervisor.children.values()}
@@ -217,14 +218,14 @@ def belongings(supervisor: Supervisor) -> Reaper:
 
 
 def leftovers(before: Reaper, folder: Path) -> list[str]:
-    """What of the servers is still there."""
+    """Return the processes and files of the servers that are still there."""
     found = [f"process {pid}" for pid in before.living()]
     found += [str(segment) for segment in before.segments()]
     return found + [str(folder)] * folder.exists()
 
 
 def main() -> int:
-    """Returns the exit code: 0 only if everything worked and nothing is left."""
+    """Run the program, and return the exit code: 0 only if everything worked and nothing is left."""
     os.chdir(ROOT)
     end_with_parent()
     check_installation()

@@ -29,20 +29,20 @@ ROOM = 7
 
 
 def rows(tokens: int, width: int) -> list[torch.Tensor]:
-    """The layers' rows ``[tokens, width + rope]`` of a pool, with random values that every process draws alike."""
+    """Return the layers' rows ``[tokens, width + rope]`` of a pool; all processes draw the same random values."""
     generator = torch.Generator().manual_seed(width)
     return [torch.randn(tokens, width + ROPE, generator=generator).bfloat16() for _ in range(LAYERS)]
 
 
 def projection(group: int, groups: int) -> Projection:
-    """A slice of the latent for each group: its share of the columns (a calibrated artifact has better ones)."""
+    """Return a group's slice of the latent: its share of the columns (a calibrated artifact has better slices)."""
     width = LATENT // groups
     columns = torch.eye(LATENT)[:, group * width : (group + 1) * width]  # [d, w]
     return Projection([columns] * LAYERS, [0] * LAYERS)
 
 
 def wait_for_end(agent: PrefillAgent | DecodeAgent) -> None:
-    """Poll the room as a scheduler does; RuntimeError with the agent's reason where it failed."""
+    """Poll the room as a scheduler does; raise RuntimeError with the agent's reason if the room failed."""
     while not agent.poll(ROOM).ended:
         time.sleep(0.001)
     if agent.poll(ROOM) != RoomState.SUCCESS:
@@ -50,7 +50,7 @@ def wait_for_end(agent: PrefillAgent | DecodeAgent) -> None:
 
 
 def decode(group: int, groups: int, tokens: int, address: tuple[str, int], results: Connection) -> None:
-    """A decode rank: ask for the room's rows, wait, and compare them with the formula."""
+    """Run a decode rank: ask for the room's rows, wait, and compare them with the formula."""
     z = projection(group, groups)
     pool = CachePool([torch.zeros_like(layer) for layer in rows(tokens, LATENT // groups)], LATENT, ROPE, PAGE_TOKENS)
     metadata = MetadataRows([np.zeros((1, 64), dtype=np.uint8)])
@@ -60,7 +60,7 @@ def decode(group: int, groups: int, tokens: int, address: tuple[str, int], resul
         agent.open_room(ROOM, [(*address, False)])
         while agent.poll(ROOM) == RoomState.BOOTSTRAPPING:
             time.sleep(0.001)
-        pages = np.arange(tokens // PAGE_TOKENS, dtype=np.int32)[::-1].copy()  # anywhere in our pool
+        pages = np.arange(tokens // PAGE_TOKENS, dtype=np.int32)[::-1].copy()  # any pages of our pool
         start = time.monotonic()
         agent.request(ROOM, pages, metadata_row=0, expected_ranks=groups, prefix_tokens=0)
         wait_for_end(agent)
@@ -73,7 +73,7 @@ def decode(group: int, groups: int, tokens: int, address: tuple[str, int], resul
 
 
 def main() -> None:
-    """The prefill rank, and one child process for each latent group."""
+    """Run the prefill rank, and one child process for each latent group."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", type=int, default=2, help="latent groups, one decode rank each")
     parser.add_argument("--tokens", type=int, default=4096, help=f"a multiple of {PAGE_TOKENS}")
@@ -84,12 +84,12 @@ def main() -> None:
         parser.error(f"--tokens must be a multiple of {PAGE_TOKENS}; got {options.tokens}")
     pool = CachePool(rows(options.tokens, LATENT), LATENT, ROPE, PAGE_TOKENS)
     metadata = MetadataRows([np.zeros((1, 64), dtype=np.uint8)])
-    try:  # the environment names the keys
+    try:  # fails if the environment names unusable keys
         agent = PrefillAgent(
             pool,
             metadata,
             model_hash=MODEL,
-            settings=Settings(role="prefill", room_timeout_s=120.0),  # a child imports torch before it asks
+            settings=Settings(role="prefill", room_timeout_s=120.0),  # a child first has to import torch
             bind_host="127.0.0.1",
             rank=0,
         )
@@ -104,7 +104,7 @@ def main() -> None:
             arguments = (group, options.groups, options.tokens, agent.address, child_end)
             children.append((spawn.Process(target=decode, args=arguments), results))
             children[-1][0].start()
-            child_end.close()  # so that a child that dies ends `recv` below
+            child_end.close()  # then `recv` below ends if the child dies
         pages = np.arange(options.tokens // PAGE_TOKENS, dtype=np.int32)
         agent.send(ROOM, pages, last=True, metadata_row=0)
         wait_for_end(agent)

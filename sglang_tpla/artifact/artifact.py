@@ -8,7 +8,7 @@ only one group keeps):
     layers.{l}.groups.{i}.B  [w, d]   value map: o = sum_i (p_i z_i) B_i W_UV W_O
 
 Format version 2 is that of sketched rows (`cache_rows.sketched`). A rank also keeps a sketch of the other groups'
-columns, so a layer whose groups have columns of their own has one tensor more, and its key maps are taller:
+columns, so a layer with own columns (n > 0) has one more tensor, and its key maps are taller:
 
     layers.{l}.sketch        [d, g n] blocks of all groups; a rank drops its own
     layers.{l}.groups.{i}.A  [w + (g - 1) n, d]   rows of [z_i | the other groups' blocks, ascending]
@@ -17,7 +17,7 @@ Widths may differ between layers; the groups of one layer share one width (short
 The first ``shared_dims[l]`` columns of Z are the same, bit for bit, in every group of layer l, so the transfer agent
 sends them once. A layer with w = r = d is exact, except for the rounding of its rows.
 
-Metadata is safetensors' string-to-string map, in which every value is JSON. They hold the hash of all content, so that
+Metadata are safetensors' string-to-string map, in which every value is JSON. They hold the hash of all content, so that
 a flipped bit is noticed. Loading checks everything and fails with one ``ArtifactError``; a file that loads is safe to
 serve.
 """
@@ -47,11 +47,11 @@ from sglang_tpla.reference_model.config_file import language_config, place, whol
 FORMAT_VERSION = 1  # of plain rows
 SKETCHED_VERSION = 2  # of sketched rows
 MAP_NAMES = ("Z", "A", "B")
-HASH_KEY = "content_hash"  # in the file's metadata alone; files that others made may lack it
+HASH_KEY = "content_hash"  # a key of the file's metadata only; files made by other programs may lack it
 
 
 class ArtifactError(SglangTplaError, ValueError):
-    """An artifact that cannot be used; the message says what was expected, what came, where, and what to do."""
+    """An artifact cannot be used; the message says what was expected, what came, where, and what to do."""
 
 
 class ErrorReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,8 +75,8 @@ class ErrorReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ArtifactMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The provenance and layout of an artifact. ``shared_dims`` (r) and ``widths`` (w) have one entry a layer.
 
-    ``sketch_bits`` has one entry a layer in version 2 and none in version 1; ``rope_bits`` are the bits of a rotary
-    key's value in sketched rows.
+    ``sketch_bits`` has one entry a layer in version 2 and none in version 1; ``rope_bits`` is the number of bits of a
+    rotary key's value in sketched rows.
     """
 
     format_version: int
@@ -108,7 +108,7 @@ class ArtifactMeta(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Return the sketched rows of a layer.
 
         Raises:
-            ValueError: an artifact without sketched rows, or with sizes that the format does not hold.
+            ValueError: the artifact has no sketched rows, or sizes that the format cannot hold.
         """
         if not self.sketched:
             raise ValueError(f"an artifact of format version {self.format_version} has no sketched rows")
@@ -143,8 +143,8 @@ class Artifact:
         source: the file's name, for messages.
 
     Raises:
-        ArtifactError: a tensor that is missing, extra, of another shape or dtype or not finite; shared columns that
-            differ between groups; metadata that contradict themselves.
+        ArtifactError: a tensor is missing, extra, of another shape or dtype or not finite; shared columns differ
+            between groups; or metadata contradict each other.
     """
 
     meta: ArtifactMeta
@@ -160,7 +160,7 @@ class Artifact:
         """Read and check a file.
 
         Raises:
-            ArtifactError: a file that is missing, damaged, of another format version, or inconsistent.
+            ArtifactError: the file is missing, damaged, of another format version, or inconsistent.
         """
         path = Path(path)
         if path.is_dir():
@@ -204,10 +204,10 @@ class Artifact:
         return z, a, b
 
     def sketch(self, layer: int) -> torch.Tensor:
-        """Return the sketch map [d, g n] of a layer, float32; [d, 0] where the groups have no columns of their own.
+        """Return the sketch map [d, g n] of a layer, float32; [d, 0] if the groups have no own columns.
 
         Raises:
-            ValueError: an artifact of other rows.
+            ValueError: the artifact has other rows.
         """
         if not self.meta.rows(layer).own:
             return torch.zeros(self.meta.latent_dim, 0, device="cpu")
@@ -228,7 +228,7 @@ class Artifact:
         """Refuse another model or another number of groups.
 
         Raises:
-            ArtifactError: a config hash, sizes, a weights hash or ``groups`` that the artifact was not calibrated for.
+            ArtifactError: the artifact was calibrated for another config hash, sizes, weights hash or ``groups``.
         """
         again = "make one for this model with `python -m sglang_tpla.calibrate`"
         if groups != self.meta.groups:
@@ -250,10 +250,10 @@ class Artifact:
             )
 
     def check_sizes(self, config: Mapping[str, Any]) -> None:
-        """Refuse layers or widths that are not the model's, which a file with the model's hash may still have.
+        """Refuse layers or widths that differ from the model's; a file with the model's hash may still have such.
 
         Raises:
-            ArtifactError: naming all that differ.
+            ArtifactError: sizes differ; the message names all of them.
         """
         config = language_config(config)
         sizes = {
@@ -273,7 +273,7 @@ class Artifact:
 
 @contextmanager
 def replace_into(path: Path) -> Iterator[str]:
-    """Yield a temporary file in the same folder, which takes ``path``'s place if the block ends well."""
+    """Yield a temporary file in the same folder, which replaces ``path`` if the block ends without an error."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     try:
@@ -371,7 +371,7 @@ def _check_meta(meta: ArtifactMeta, source: str) -> None:
 
 
 def _check_tensors(meta: ArtifactMeta, tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    if meta.groups > len(tensors):  # before a name is made for each
+    if meta.groups > len(tensors):  # check this before making a name for each
         raise ArtifactError(f"{source}: expected tensors of {meta.groups} groups, got {len(tensors)} tensors in all")
     shapes = expected_shapes(meta)
     missing = [name for name in shapes if name not in tensors]

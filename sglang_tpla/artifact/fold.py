@@ -2,7 +2,7 @@
 
 w_kc [h, qk_nope, d] A^T [d, w] -> [h, qk_nope, w]        B [w, d] w_vc [h, d, v] -> [h, w, v]
 
-Maps are float32, weights of any dtype, with ``scale`` where they are quantised; results are float32, in the layout of
+Maps are float32. Weights have any dtype, and a ``scale`` if they are quantised. Results are float32, in the layout of
 SGLang's ``w_kc`` and ``w_vc``.
 """
 

@@ -25,7 +25,7 @@ _KEYS = (
     "rope_theta",
     "rms_norm_eps",
 )
-# These keys of rope_scaling change the model's arithmetic; the rest are spelling (type, rope_type).
+# These keys of rope_scaling change the model's arithmetic; the others are only spellings (type, rope_type).
 _ROPE_KEYS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _DEFAULTS = {"rms_norm_eps": 1e-6}
 _WEIGHTS = ("self_attn.kv_a_layernorm.weight", "self_attn.kv_b_proj.weight")
@@ -33,13 +33,13 @@ HEAD_BYTES = 65536
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Return the sha256 (hex) of those keys of a Hugging Face config that decide the attention's mathematics.
+    """Return the sha256 (hex) of the keys of a Hugging Face config that decide the attention's mathematics.
 
     Names of architectures, dtypes, vocabulary and feed-forward sizes do not count. ``rope_parameters``
     (transformers 5) and ``rope_theta`` + ``rope_scaling`` (older) give the same hash.
 
     Raises:
-        CheckpointError: a key that is missing or holds no number.
+        CheckpointError: a key is missing or holds no number.
     """
     config = language_config(config)
     rope = rope_scaling(config)
@@ -58,13 +58,13 @@ def config_hash(config: Mapping[str, Any]) -> str:
 def weights_hash(model_path: str | Path, draft: bool = False) -> str:
     """Return the sha256 (hex) of each layer's ``kv_a_layernorm.weight`` and first 64 KiB of ``kv_b_proj.weight``.
 
-    It covers stored bytes, in layer order, so that quantised and unquantised copies differ.
+    The hash covers stored bytes, in layer order, so that quantised and unquantised copies differ.
 
     Args:
-        draft: count the NextN layer behind the others as well, and of that layer ``eh_proj.weight`` first.
+        draft: also hash the NextN layer behind the others, its ``eh_proj.weight`` first.
 
     Raises:
-        CheckpointError: a directory that is no readable checkpoint of this family.
+        CheckpointError: the directory is no readable checkpoint of this family.
     """
     checkpoint = Checkpoint(model_path)
     layers = whole(checkpoint.config, "num_hidden_layers")

@@ -18,7 +18,7 @@ Capability = tuple[int, int] | None  # CUDA compute capability; None is a CPU
 
 
 class BackendRefusal(AttentionInputError):
-    """A shape that no backend, or not the chosen one, computes right."""
+    """The chosen backend, or every backend, would compute a shape wrong or not at all."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Backend:
 
     Args:
         name: the backend's name.
-        widths: text for messages. has_width: whether the backend serves a w.
-        dtypes, page_sizes (None: any), heads (lowest, highest).
-        device: text for messages. has_device: whether the backend serves a capability.
-        why_not: the reason for which other widths are refused.
+        widths: the widths as text for messages. has_width: returns whether the backend serves a w.
+        dtypes, page_sizes (None: any), heads (lowest, highest): what the backend serves.
+        device: the device as text for messages. has_device: returns whether the backend serves a capability.
+        why_not: why other widths are refused.
         rows: the kind of rows that the backend reads (`DecodeShape.kind`).
-        other: a further check of sketched rows, with the reason for refusing them or None.
+        other: a further check of sketched rows; it returns the reason for refusing them, or None.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Backend:
     other: Callable[[SketchedRows], str | None] = lambda rows: None
 
     def unsupported_reason(self, shape: DecodeShape, capability: Capability) -> str | None:
-        """Return why this backend must not serve ``shape`` there, or None if it may."""
+        """Return why this backend must not serve ``shape`` on such a device, or None if it may."""
         if not self.has_device(capability):
             return f"it needs {self.device}, this is {_device_text(capability)}"
         if self.rows != shape.kind:
@@ -87,7 +87,7 @@ def _reference(name: str, rows: str, *dtypes: torch.dtype) -> Backend:
     )
 
 
-# The order is that of preference: FlashInfer comes first wherever it is right and as fast.
+# Backends are listed in order of preference: FlashInfer comes first wherever it is right and as fast.
 BACKENDS: tuple[Backend, ...] = (
     Backend(
         name="flashinfer_fa3",
@@ -151,7 +151,7 @@ def require(name: str, shape: DecodeShape, capability: Capability) -> None:
     """Refuse a backend that would compute ``shape`` wrong or not at all.
 
     Raises:
-        BackendRefusal: with the reason, and with the backend to use instead.
+        BackendRefusal: the message gives the reason and the backend to use instead.
     """
     if name not in _BY_NAME:
         raise BackendRefusal(f"attention backend must be one of {sorted(_BY_NAME)}; got {name!r}")
@@ -166,7 +166,7 @@ def choose(shape: DecodeShape, capability: Capability) -> str:
     """Return the first backend of the table that serves ``shape``.
 
     Raises:
-        BackendRefusal: with every backend's reason.
+        BackendRefusal: no backend serves ``shape``; the message gives every backend's reason.
     """
     reasons = []
     for backend in BACKENDS:

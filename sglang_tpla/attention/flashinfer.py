@@ -1,7 +1,7 @@
 """FlashInfer's paged MLA decode (``flashinfer.mla.BatchMLAPagedAttentionWrapper``) behind the attention interface.
 
 FlashInfer's templates take the latent width as a parameter, but compute right only at some widths (``backends.py``).
-Planning runs on the host and reads the lengths back: capture ``run`` in a CUDA graph, and plan outside of the graph.
+Planning runs on the host and reads the lengths back, so capture ``run`` in a CUDA graph and plan outside the graph.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ class FlashInferDecode:
         template: ``fa3`` (Hopper, width 512) or ``fa2``.
 
     Raises:
-        BackendRefusal: a width that the template computes wrong.
+        BackendRefusal: the template computes this width wrong.
     """
 
     def __init__(self, shape: DecodeShape, scale: float, device: torch.device, template: str) -> None:
@@ -41,7 +41,7 @@ class FlashInferDecode:
         """Plan a step. The table must be CSR without gaps between requests (``PageTable.from_csr``).
 
         Raises:
-            AttentionInputError: a table whose starts do not follow from the lengths.
+            AttentionInputError: the table's starts do not follow from the lengths.
         """
         pages = (lengths.long() + table.page_size - 1) // table.page_size
         indptr = torch.cat([table.starts.long(), table.starts[-1:].long() + pages[-1:]]).to(torch.int32)

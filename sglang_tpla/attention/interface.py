@@ -4,7 +4,7 @@ A cache row is one token's ``[latent | rope]``. The latent part is both key and 
 
     p = softmax(scale * (q_latent z^T + q_rope k_rope^T)),    out = p z        (one group, arXiv 2508.15881)
 
-Names and shapes, the same for every backend:
+Names and shapes are the same for every backend:
 
     q_latent  [batch * query_len, heads, w]     absorbed queries, tokens of one request side by side
     q_rope    [batch * query_len, heads, rope]
@@ -16,9 +16,9 @@ Sketched rows (`cache_rows.sketched`) are uint8 [slots, row_bytes], and w is ``w
 columns takes part in scores alone, so a query has columns for it: q_latent is [.., w_pad + (g - 1) n], with the own
 columns first and zeros in the padding.
 
-Query token j of a request sees the first ``length - query_len + 1 + j`` tokens. A query token that sees nothing gets
-zeros: all those of a request of length 0, with which CUDA graphs pad batches, and the first ones of a request with
-0 < length < query_len.
+Query token j of a request sees the first ``length - query_len + 1 + j`` tokens. The output of a query token that sees
+nothing is zero: every query token of a request of length 0 (CUDA graphs pad batches with such requests), and the first
+ones of a request with 0 < length < query_len.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAX_QUERY_LEN = 4
 
 
 class AttentionInputError(SglangTplaError, ValueError):
-    """An input that no backend serves right; the message says what was expected, what came and what to do."""
+    """No backend serves an input right; the message says what was expected, what came and what to do."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class DecodeShape:
         latent_dim: w, latent values of a token on this rank.
         heads: query heads on this rank.
         rope_dim: rotary values of a token.
-        query_len: query tokens of a request in one step, 1 to 4; more than 1 verify speculative tokens.
+        query_len: query tokens of a request in one step, 1 to 4; a step of more than 1 verifies speculative tokens.
         page_size: tokens of a page, a power of two.
-        dtype: of queries and output, and of a plain cache.
-        sketched: sizes of sketched rows; None where the cache holds plain ones.
+        dtype: the dtype of queries and output, and of a plain cache.
+        sketched: the sizes of sketched rows; None if the cache holds plain rows.
 
     Raises:
-        AttentionInputError: a value outside of these ranges.
+        AttentionInputError: a value is outside these ranges.
     """
 
     latent_dim: int
@@ -162,7 +162,7 @@ class PageTable:
             rows: [batch] integer.
 
         Raises:
-            AttentionInputError: a table whose positions do not fit in 32 bits.
+            AttentionInputError: the table's positions do not fit in 32 bits.
         """
         if req_to_token.numel() >= 2**31:
             raise AttentionInputError(
@@ -181,7 +181,7 @@ class DecodeAttention(Protocol):
     def plan(self, table: PageTable, lengths: torch.Tensor) -> None:
         """Lay out the work of a step. Backends for CUDA graphs keep the tensors' addresses: refill the tensors.
 
-        From here to the step's last ``run``, lengths, page table and the rows of earlier tokens must not change,
+        From this call to the step's last ``run``, lengths, page table and the rows of earlier tokens must not change,
         because a kernel may read them while its predecessor in the stream still runs. Rows of the step's own
         tokens (the last ``query_len`` of a request) may be written until the ``run`` that reads them.
         """
@@ -189,7 +189,7 @@ class DecodeAttention(Protocol):
     def run(
         self, q_latent: torch.Tensor, q_rope: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Attend, and return ``out`` [batch * query_len, heads, latent_dim], a new tensor where None is given."""
+        """Attend, and return ``out`` [batch * query_len, heads, latent_dim], which is a new tensor if None is given."""
 
 
 def checked_inputs(
@@ -198,7 +198,7 @@ def checked_inputs(
     """Check the inputs that every backend needs, and return the cache as [slots, items].
 
     Raises:
-        AttentionInputError: a shape or dtype that does not fit ``shape`` and ``table``.
+        AttentionInputError: a shape or dtype does not fit ``shape`` and ``table``.
     """
     cache = kv_cache.squeeze(1) if kv_cache.dim() == 3 and kv_cache.shape[1] == 1 else kv_cache
     tokens = table.batch * shape.query_len

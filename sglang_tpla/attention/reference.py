@@ -1,7 +1,7 @@
 """Paged latent decode attention in plain PyTorch: the twin of the kernels.
 
-It takes any device and any width, and computes in float32 (float64 for float64 inputs), one request at a time.
-``interface.py`` has the names, the shapes and the equation.
+The twin runs on any device and at any width, and computes in float32 (float64 for float64 inputs), one request at a
+time. ``interface.py`` has the names, the shapes and the equation.
 """
 
 import torch
@@ -29,7 +29,7 @@ def latent_attention(
     """Attend over the paged cache; see ``interface.py`` for names and shapes.
 
     Returns:
-        out in float32 (float64 for float64 queries), not rounded to the inputs' dtype.
+        The output in float32 (float64 for float64 queries), not rounded to the inputs' dtype.
     """
     compute = torch.float64 if q_latent.dtype == torch.float64 else torch.float32
     out = torch.zeros(*q_latent.shape[:-1], shape.latent_dim, dtype=compute, device=q_latent.device)

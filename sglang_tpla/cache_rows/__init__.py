@@ -1,1 +1,1 @@
-"""What one cached token is in memory and on the wire: row formats shared by attention and transfer."""
+"""The formats of a cached token's row, in memory and on the wire; attention and transfer share them."""

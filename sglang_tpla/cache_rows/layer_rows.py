@@ -1,12 +1,12 @@
-"""How one layer's rows are encoded, apart from how rows move: what their items are, and which make up each part.
+"""How one layer's rows are encoded, apart from how rows move: the items of a row, and those of each part.
 
     PlainRows   items of the pool's dtype   [w latent | rope]
     GroupRows   bytes                       [w bytes | rope | sketch of the other groups' columns | scales]
                                             (`cache_rows.sketched`)
     WholeRows   bytes                       [d latent | rope] of the model's dtype: a draft's layers behind GroupRows
 
-The sender projects in float32 and encodes straight from that, so values are rounded once, and rows of a format of their
-own are bytes from the sender's gather on.
+The sender projects in float32 and encodes straight from the result, so values are rounded once. GroupRows and WholeRows
+are bytes from the sender's gather on.
 """
 
 from collections.abc import Hashable
@@ -21,15 +21,15 @@ from sglang_tpla.cache_rows.sketched import SketchedRows
 
 
 class LayerRows(Hashable, Protocol):
-    """The rows of one layer on one rank; equal ones are encoded alike. The classes below say no more than differs.
+    """The rows of one layer on one rank; equal objects are encoded alike. The classes below document only differences.
 
     Attributes:
-        width: w, latent values of a row that are attended to as values.
-        shared: r, how many of them every group has.
+        width: w, latent values of a row that attention uses as values.
+        shared: r, how many of these values every group has.
         rope_dim: values of the rotary key.
         encoded: whether rows are bytes that the sender makes, whatever dtype its own pool has.
         row_items: items of a row.
-        columns: of the projection that rows are made from.
+        columns: columns of the projection from which rows are made.
     """
 
     @property
@@ -46,31 +46,31 @@ class LayerRows(Hashable, Protocol):
     def columns(self) -> int: ...
 
     def fields(self, part: Part) -> tuple[Field, ...]:
-        """Return the items of the row that a part fills; what else the payload holds is not this rank's."""
+        """Return the items of the row that a part fills; other items of the payload belong to other groups."""
 
     def part_items(self, part: Part) -> int:
-        """Return the items that one part's payload has of a token."""
+        """Return the number of items that one part's payload has for a token."""
 
     def part_columns(self, part: Part) -> tuple[slice, ...]:
-        """Return the columns of the projection that a part is made from."""
+        """Return the columns of the projection from which a part is made."""
 
     def encode(self, z: torch.Tensor, k_rope: torch.Tensor, part: Part, out: torch.Tensor) -> None:
         """Write one part of each row.
 
         Args:
-            z: ``[..., columns]``, those of `part_columns`, float32 (or the pool's dtype, where they are raw).
+            z: ``[..., columns]``, the columns of `part_columns`, float32 (or the pool's dtype, if they are raw).
             k_rope: ``[..., rope]``, unused in a group's own part.
             out: ``[..., part_items]``.
         """
 
 
 def part_width(rows: LayerRows, part: Part) -> int:
-    """Return how many columns of the projection a part is made from."""
+    """Return the number of columns of the projection from which a part is made."""
     return sum(len(range(rows.columns)[run]) for run in rows.part_columns(part))
 
 
 class _SharedFirst:
-    """What rows have in common whose projection is the slice, the columns of every group first."""
+    """The common part of rows whose projection is the slice; the columns of every group come first."""
 
     @property
     def columns(self: LayerRows) -> int:
@@ -117,7 +117,7 @@ class PlainRows(_SharedFirst):
 
 @dataclass(frozen=True)
 class GroupRows:
-    """The bytes of `cache_rows.sketched`, on a rank of one latent group.
+    """Sketched rows (`cache_rows.sketched`) on a rank of one latent group.
 
     Raises:
         ValueError: there is no such group.
@@ -155,7 +155,7 @@ class GroupRows:
         return self.rows.w + self.rows.groups * self.rows.own
 
     def fields(self, part: Part) -> tuple[Field, ...]:
-        match part:  # the common part brings every group's sketch, and a row has those of the others
+        match part:  # the common part brings every group's sketch; a row takes those of the other groups
             case Part.FULL:
                 return side_by_side((0, self.row_items))
             case Part.COMMON:

@@ -1,7 +1,7 @@
-"""Which part of a row travels: the whole, what every latent group has, or what one group has.
+"""The parts of a row that a chunk can carry.
 
 FULL    the whole row
-COMMON  the columns that every group has, the rotary key, and what goes with them
+COMMON  the columns that every group has, the rotary key, and their scales and sketches in sketched rows
 OWN     the columns of one group
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 
 class Part(enum.IntEnum):
-    """Which columns of a row a chunk carries."""
+    """The columns of a row that a chunk carries."""
 
     FULL = 0
     COMMON = 1
@@ -19,7 +19,7 @@ class Part(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Field:
-    """Items ``start ... stop - 1`` of a row, and where they begin in a part's payload."""
+    """Items ``start ... stop - 1`` of a row, and the offset of the first in a part's payload."""
 
     start: int
     stop: int
@@ -31,7 +31,7 @@ class Field:
 
 
 def side_by_side(*ranges: tuple[int, int]) -> tuple[Field, ...]:
-    """Return the fields of ranges of a row that follow each other in the payload; empty ranges are left out."""
+    """Return the fields of ranges of a row that follow each other in the payload, without empty ranges."""
     fields, payload = [], 0
     for start, stop in ranges:
         if start < stop:

@@ -1,7 +1,7 @@
 """The fixed orthogonal matrix that spreads a token's values evenly before they are rounded.
 
 A rounded row has one scale a token and part, so one large column would cost every other column its resolution. After
-the rotation every column is a sum of all, and looks Gaussian.
+the rotation every column is a sum of all columns, and its values look Gaussian.
 """
 
 import functools
@@ -28,10 +28,10 @@ def _cosines(size: int) -> torch.Tensor:
 
 
 def rotation(size: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """Return an orthogonal matrix ``[size, size]`` on the CPU: Hadamard's for a power of two, else one that ends in
-    cosines.
+    """Return an orthogonal matrix ``[size, size]`` on the CPU.
 
-    Row vectors are rotated by ``x @ rotation(n)`` and back by its transpose.
+    The matrix is Hadamard's for a power of two, and otherwise Hadamard's for the largest power of two that divides the
+    size, times (Kronecker) a cosine transform. ``x @ rotation(n)`` rotates row vectors, and its transpose rotates back.
 
     Raises:
         ValueError: the size is negative.

@@ -1,4 +1,4 @@
-"""How kernels round: float32 cut into bfloat16 numbers, the bytes and the sketch codes of `sketched`, their twin.
+"""How kernels round: float32 cut into bfloat16 numbers, bytes and sketch codes. `sketched` is their PyTorch twin.
 
 Import this file only where Triton runs: on a GPU, or in its interpreter.
 """
@@ -13,22 +13,22 @@ import triton.language as tl
 
 @triton.jit
 def upper_half(value):
-    """Cut float32 off to what bfloat16 holds: three times, each time of what is left, and nothing is left."""
+    """Truncate float32 to the bits that bfloat16 holds; three such parts, each of the rest, hold the whole value."""
     return (value.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def byte_scale(largest):
-    """The largest magnitude over 127, rounded up to an even bfloat16; 1 for zeros, NaN for NaN."""
+    """Return the largest magnitude over 127, rounded up to an even bfloat16; 1 for zeros, NaN for NaN."""
     bits = tl.div_rn(largest, 127.0).to(tl.int32, bitcast=True)
     scale = ((bits + 0x1FFFF) & -131072).to(tl.float32, bitcast=True)
     scale = tl.where(scale == 0.0, 1.0, scale)
-    return tl.where(largest == largest, scale, largest)  # a NaN with all bits set is rounded up to -0
+    return tl.where(largest == largest, scale, largest)  # rounding up would make -0 of a NaN with all bits set
 
 
 @triton.jit
 def largest_magnitude(x):
-    """The largest magnitude of float32 values, compared as integers: NaN, which a maximum drops, is above all."""
+    """Return the largest magnitude of float32 values, compared as integers: a float maximum would drop NaN."""
     return tl.max(tl.abs(x).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
@@ -41,9 +41,9 @@ def nearest_bfloat16(value):
 
 @triton.jit
 def byte_codes(x, scale, at, TURN: tl.constexpr):
-    """Values over their scale, plus ``TURN`` in even columns ``at`` and minus it in odd ones, rounded half to even.
+    """Return the codes of values: values over their scale, rounded half to even, plus 128.
 
-    The code of zero is 128.
+    Before rounding, even columns ``at`` gain ``TURN`` and odd ones lose it.
     """
     ratio = tl.div_rn(x, tl.zeros_like(x) + scale)
     if TURN != 0.0:
@@ -54,7 +54,7 @@ def byte_codes(x, scale, at, TURN: tl.constexpr):
 
 @triton.jit
 def load_columns(source, weight, column, there, inverse, NORMED: tl.constexpr):
-    """Some columns of one token as float32, normed where ``NORMED``."""
+    """Load some columns of one token as float32, and norm them if ``NORMED``."""
     x = tl.load(source + column, mask=there, other=0.0, cache_modifier=".cg").to(tl.float32)
     if NORMED:
         scale = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
@@ -77,12 +77,12 @@ def write_field(
 ):
     """Write ``COUNT`` columns from ``FIRST`` on as bytes at ``target``, and return their scale.
 
-    Where ``TWICE``, the bytes of the opposite turn follow.
+    With ``TWICE``, the bytes of the opposite turn follow.
     """
     at = tl.arange(0, BLOCK)
     x = load_columns(source, weight, FIRST + at, at < COUNT, inverse, NORMED)
     scale = byte_scale(largest_magnitude(x))
-    x = tl.where(at < COUNT, x, scale)  # a quotient of zero takes a division's slow way
+    x = tl.where(at < COUNT, x, scale)  # a division with a quotient of zero would take its slow path
     tl.store(target + at, byte_codes(x, scale, at, TURN), mask=at < COUNT)
     if TWICE:
         tl.store(target + COUNT + at, byte_codes(x, scale, at, -TURN), mask=at < COUNT)
@@ -107,11 +107,11 @@ def write_sketch(
 ):
     """Write ``COLUMNS`` columns as sketch codes at ``target``, and return their scale.
 
-    The ``SKIPPED`` columns from ``SKIP`` on are a row's own ones: they count towards the scale and are not written.
-    ``BLOCK`` holds the columns that are written, ``BLOCK_ALL`` all of them.
+    The ``SKIPPED`` columns from ``SKIP`` on are the row's own: they count towards the scale and are not written.
+    ``BLOCK`` holds the columns that are written, ``BLOCK_ALL`` all columns.
     """
     WRITTEN: tl.constexpr = COLUMNS - SKIPPED
-    TOGETHER: tl.constexpr = 8 // BITS if 8 % BITS == 0 else 8  # codes that whole bytes hold
+    TOGETHER: tl.constexpr = 8 // BITS if 8 % BITS == 0 else 8  # codes that fill whole bytes
     BYTES: tl.constexpr = TOGETHER * BITS // 8
     part = tl.arange(0, BLOCK // TOGETHER)
     place = tl.arange(0, TOGETHER)
@@ -123,7 +123,7 @@ def write_sketch(
         column = tl.arange(0, BLOCK_ALL)
         every = load_columns(source, weight, column, column < COLUMNS, inverse, NORMED)
     largest = largest_magnitude(every)
-    # Relative to the largest one's power of two, so that squares neither overflow nor vanish; NaN if that is infinite.
+    # Divide by the largest value's power of two, so that squares neither overflow nor vanish; NaN if it is infinite.
     exponent = tl.minimum(tl.maximum(253 - (largest.to(tl.int32, bitcast=True) >> 23), 1), 252)
     factor = tl.where(largest < float("inf"), (exponent << 23).to(tl.float32, bitcast=True), float("nan"))
     relative = every * factor
@@ -134,7 +134,7 @@ def write_sketch(
     scale = tl.where(exact == exact, scale, exact)
     divisor = tl.where(scale > 0.0, scale, 1.0)
     x = tl.where(there, x, divisor)  # as in `write_field`
-    below = tl.floor(tl.div_rn(x, tl.zeros_like(x) + divisor))  # a level lies in the middle of its step
+    below = tl.floor(tl.div_rn(x, tl.zeros_like(x) + divisor))  # floor, because a level is the middle of its step
     HALF_LEVELS: tl.constexpr = 1 << (BITS - 1)
     code = tl.minimum(tl.maximum(below, -HALF_LEVELS), HALF_LEVELS - 1).to(tl.int32) + HALF_LEVELS
     code = tl.where(there, code, 0)

@@ -14,18 +14,18 @@ from sglang_tpla.cache_rows.layer_rows import GroupRows, LayerRows, PlainRows, W
 from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.sketched import SketchedRows
 
-# in the place of a dtype's name, where formats are announced
+# An announcement has these names in place of a dtype's.
 SKETCHED_NAME = "sketched_rows"
 RETIRED_NAME = "fp8_rows"  # older receivers' FP8 rows
 ANNOUNCED = re.compile(SKETCHED_NAME + r" groups=(\d{1,4}) group=(\d{1,4}) sketch_bits=([\d*,]+) rope_bits=([\d*,]+)")
-# behind it, where the last layers are a draft model's
+# This text follows if the last layers are a draft model's.
 WHOLE = re.compile(r"(.+) whole_layers=([1-9]\d?) whole_dtype=(bfloat16|float16|float32)")
-SENDER_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of a pool whose rows are sent in another format
+SENDER_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # dtypes of a pool whose rows are sent in another format
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """The rows of every layer of a pool, in order: all of one kind, but for those of a draft's layers at the end."""
+    """The rows of every layer of a pool, in order: all of one kind, except those of a draft's layers at the end."""
 
     layers: tuple[LayerRows, ...]
 
@@ -42,10 +42,10 @@ class RowFormat:
     def announced(
         cls, name: str, latent_dim: int, widths: Sequence[int], shared: Sequence[int], rope_dim: int
     ) -> RowFormat:
-        """Return the rows that a receiver announced: ``name`` (`name`) stands in the place of a dtype's.
+        """Return the rows that a receiver announced by ``name``, which it made with `name`.
 
         Raises:
-            ValueError: it describes no rows.
+            ValueError: ``name`` describes no rows.
         """
         if (draft := WHOLE.fullmatch(name)) is not None:
             kept, dtype = len(widths) - int(draft[2]), getattr(torch, draft[3])
@@ -76,7 +76,7 @@ class RowFormat:
 
     @staticmethod
     def is_encoded(name: str) -> bool:
-        """Return whether a receiver announced rows that the sender makes."""
+        """Return whether a receiver announced rows that the sender encodes."""
         return name.partition(" ")[0] == SKETCHED_NAME
 
     def name(self, dtype: torch.dtype) -> str:
@@ -100,12 +100,12 @@ class RowFormat:
 
     @property
     def suffix(self) -> str:
-        """What a projection's hash (`memory.projection`) says of sketched rows beside widths: all that is announced."""
+        """The announced text of sketched rows; a projection's hash (`memory.projection`) covers it besides widths."""
         return f" {self.name(torch.uint8)}" if isinstance(self.layers[0], GroupRows) else ""
 
     @property
     def common_suffix(self) -> str:
-        """What the hash of the common part says of them: the same for every group."""
+        """The text that the hash of the common part covers; it is the same for every group."""
         head = self.layers[0]
         if not isinstance(head, GroupRows):
             return ""
@@ -118,12 +118,12 @@ class RowFormat:
 
     @property
     def kind(self) -> str:
-        """ "plain" or "sketched"."""
+        """The kind of rows: "plain" or "sketched"."""
         return "sketched" if self.encoded else "plain"
 
     @property
     def sketch_bits(self) -> list[int]:
-        """Bits of a sketch code in each layer; empty where rows have no sketch."""
+        """The bits of a sketch code in each layer; empty if rows have no sketch."""
         return [rows.rows.sketch_bits for rows in self.layers if isinstance(rows, GroupRows) and rows.rows.own]
 
     @cached_property
@@ -137,7 +137,7 @@ class RowFormat:
         return tuple(rows.shared for rows in self.layers)
 
     def sharing(self, shared: Sequence[int]) -> RowFormat:
-        """Return the same rows with ``shared`` columns of every group; sketched rows know theirs by themselves."""
+        """Return the same rows with ``shared`` columns of every group; sketched rows keep their number."""
         if isinstance(self.layers[0], GroupRows):
             return self
         pairs = zip(self.layers, shared, strict=True)
@@ -146,10 +146,10 @@ class RowFormat:
         )
 
     def with_whole_latents(self, layers: int, latent_dim: int, rope_dim: int, dtype: torch.dtype) -> RowFormat:
-        """Return the same rows, with rows of whole latents for so many layers of a draft model behind them.
+        """Return the same rows, followed by rows of whole latents for ``layers`` layers of a draft model.
 
         Args:
-            dtype: of the draft's cache.
+            dtype: the dtype of the draft's cache.
         """
         whole: LayerRows = PlainRows(latent_dim, latent_dim, rope_dim)
         if self.encoded:
@@ -158,7 +158,7 @@ class RowFormat:
 
     @cached_property
     def of_any_group(self) -> RowFormat:
-        """Equal for the ranks whose common part is the same."""
+        """The rows without their group: equal for the ranks that have the same common part."""
         return RowFormat(tuple(replace(rows, group=0) if isinstance(rows, GroupRows) else rows for rows in self.layers))
 
     def part(self, first: int, count: int) -> RowFormat:
@@ -166,20 +166,20 @@ class RowFormat:
         return RowFormat(self.layers[first : first + count])
 
     def item_dtype(self, sender: torch.dtype) -> torch.dtype:
-        """Return the type of one item of a row, where the sender's pool has dtype ``sender``."""
+        """Return the dtype of one item of a row if the sender's pool has dtype ``sender``."""
         return torch.uint8 if self.encoded else sender
 
     def row_bytes(self, sender: torch.dtype) -> list[int]:
-        """Return the bytes of a token's row in each layer, where the sender's pool has dtype ``sender``."""
+        """Return the bytes of a token's row in each layer if the sender's pool has dtype ``sender``."""
         return [rows.row_items * self.item_dtype(sender).itemsize for rows in self.layers]
 
     def part_items(self, part: Part) -> list[int]:
-        """Return the items that one part's payload has of a token, one entry a layer."""
+        """Return the number of items that one part's payload has for a token, one entry a layer."""
         return [rows.part_items(part) for rows in self.layers]
 
 
 def _fold(numbers: Sequence[int]) -> str:
-    """Write one number a layer with repeats counted: ``4*3,2`` is 4, 4, 4, 2."""
+    """Return one number a layer as text that counts repeats: ``4*3,2`` is 4, 4, 4, 2."""
     runs = [(number, len(list(run))) for number, run in groupby(numbers)]
     return ",".join(f"{number}*{count}" if count > 1 else f"{number}" for number, count in runs)
 
@@ -188,7 +188,7 @@ def _unfold(text: str, layers: int) -> list[int]:
     """Read one number a layer from `_fold`'s text.
 
     Raises:
-        ValueError: it is no such text, or not for so many layers.
+        ValueError: ``text`` is not in that form, or is not for so many layers.
     """
     numbers: list[int] = []
     for run in text.split(","):

@@ -1,8 +1,8 @@
-"""The format of a sketched latent cache row, in plain PyTorch: what pools, transfers and kernels agree on.
+"""The format of a sketched latent cache row, in plain PyTorch; pools, transfers and kernels follow it.
 
 Every rank keeps the columns of its own latent group at 8 bits, for scores and values, and a sketch of the other
-groups' columns at b bits, which takes part in scores alone. The row of one token and layer on a rank of group i, in
-bytes, without gaps (``SketchedRows`` has every size and offset):
+groups' columns at b bits, which only scores use. The row of one token and layer on a rank of group i has these bytes,
+without gaps (``SketchedRows`` has every size and offset):
 
     [ shared: r bytes | own: n bytes | bytes of 128 up to w_pad | rope: bfloat16 or bytes | sketch: block j of n codes
       of b bits for every other group j, ascending | zeros up to the scales | 4 bfloat16 scales: shared, own, sketch,
@@ -10,19 +10,19 @@ bytes, without gaps (``SketchedRows`` has every size and offset):
 
 * A byte is a code of 1 to 255, ``value = scale * (code - 128)``. Its scale is the largest magnitude over 127, rounded
   up to a bfloat16 whose last bit is zero: 1152 times such a scale is exact in float16. Zeros have scale 1.
-* Groups round shared columns and a rotary key of bytes in two ways in turn (``turns``): the code of column k in group i
-  is ``value / scale + 128`` plus 1/4 where i + k is even, minus 1/4 where it is odd, rounded. The groups' outputs add
-  up, and each of them has 1/g of the shared values, so that the sum has them with half the step; errors of scores
-  cancel likewise. Without own columns all groups have one row, whose codes are the nearest ones.
+* Even and odd groups round shared columns and a rotary key of bytes in two different ways (``turns``): the code of
+  column k in group i is ``value / scale + 128``, plus 1/4 if i + k is even and minus 1/4 if it is odd, rounded. The
+  groups' outputs add up, and each has 1/g of the shared values, so the sum has the shared values with half the step;
+  errors of scores cancel likewise. Without own columns all groups have the same row, whose codes are the nearest ones.
 * A sketch code c of b bits is ``value = scale * (c - (2^b - 1) / 2)``, the nearest one. The scale is ``STEP`` times the
   root mean square of the sketch, the best step for a Gaussian, or a ``REACH``-th of the largest magnitude if that is
   more: no value lies far beyond the last level. All g blocks of a token have one scale, so that the sketch is the
   same for every rank.
 * Code k of a block occupies bits k*b to k*b+b-1 of a little-endian bit stream.
-* Codes count upwards from the least value, so that a kernel makes float16 of one by writing it into the mantissa of
-  1024, and a subtraction.
-* A field that a row does not have keeps its scale's place, with 1. A sketch of zeros has scale 0.
-* A part with a value that is not finite has a scale that is not finite, so that whatever reads it sees that.
+* Codes count upwards from the least value, so that a kernel turns one into float16 by writing it into the mantissa of
+  1024 and subtracting.
+* The scale of a field that a row does not have stays in its place and is 1. A sketch of zeros has scale 0.
+* A part with a value that is not finite has a scale that is not finite, so that every reader of the part notices.
 
 One group (r = d, n = 0) is plain MLA with an 8-bit cache.
 """
@@ -38,21 +38,21 @@ SKETCH_BITS = (2, 3, 4)
 ROPE_BITS = (8, 16)
 SCALES_BYTES = 8  # shared, own, sketch, rope
 SCALE_BYTES = 2
-ZERO_CODE = 128  # of a byte
-LARGEST_CODE = 127  # from there
-TURN = 0.25  # of a step, added before rounding in one group and subtracted in the next
-ALIGNMENT = 16  # of fields and rows that a GPU's 16-byte loads read
-ALIGNED_FROM_BYTES = 256  # shorter rows are aligned to 4 bytes, where padding would cost more than it gains
+ZERO_CODE = 128  # the byte of the value 0
+LARGEST_CODE = 127  # the largest distance of a byte from ZERO_CODE
+TURN = 0.25  # the fraction of a step that one group adds before rounding and the next subtracts
+ALIGNMENT = 16  # bytes; a GPU reads fields and rows with 16-byte loads
+ALIGNED_FROM_BYTES = 256  # shorter rows are aligned to 4 bytes: more padding would cost more than it gains
 
 # The step of the best uniform quantiser of a Gaussian by bits, in standard deviations.
 STEP: dict[int, float] = {2: 0.9957, 3: 0.5860, 4: 0.3352}
-# How many steps from zero the largest value lies at most; the last level is at 1.5, 3.5 and 7.5.
+# The largest value lies at most this many steps from zero; the last level is at 1.5, 3.5 and 7.5.
 REACH: dict[int, float] = {2: 3.5, 3: 5.0, 4: 8.5}
 
 
 @dataclass(frozen=True)
 class SketchedRows:
-    """Sizes of one layer's rows.
+    """The sizes of one layer's rows.
 
     Args:
         latent_dim: d, columns of the latent.
@@ -64,7 +64,7 @@ class SketchedRows:
         rope_bits: 16 (bfloat16) or 8 (bytes with a scale).
 
     Raises:
-        ValueError: the sizes contradict each other or the format, with the reason.
+        ValueError: the sizes contradict each other or the format; the message gives the reason.
     """
 
     latent_dim: int
@@ -99,10 +99,10 @@ class SketchedRows:
     def of(
         cls, latent_dim: int, groups: int, shared: int, rope_dim: int, *, sketch_bits: int = 4, rope_bits: int = 16
     ) -> SketchedRows:
-        """Return the rows of g groups with r shared columns; one group shares them all.
+        """Return the rows of g groups with r shared columns; a single group shares all columns.
 
         Raises:
-            ValueError: g does not divide d - r, or the format does not hold such rows.
+            ValueError: g does not divide d - r, or the format cannot hold such rows.
         """
         shared = latent_dim if groups == 1 else shared
         own = (latent_dim - shared) // max(groups, 1)
@@ -115,7 +115,7 @@ class SketchedRows:
 
     @property
     def sketch_columns(self) -> int:
-        """Columns of the other groups, which a row has as a sketch."""
+        """Columns of the other groups, which a row holds as a sketch."""
         return (self.groups - 1) * self.own
 
     @property
@@ -140,12 +140,12 @@ class SketchedRows:
 
     @property
     def bare_bytes(self) -> int:
-        """Bytes of a row but for padding."""
+        """Bytes of a row without padding."""
         return self.w + self.rope_bytes + self.sketch_bytes + SCALES_BYTES
 
     @property
     def alignment(self) -> int:
-        """What the size of a row is a multiple of: 16, or 4 for rows below 256 bytes."""
+        """Bytes of which the size of a row is a multiple: 16, or 4 for rows below 256 bytes."""
         return ALIGNMENT if self.bare_bytes >= ALIGNED_FROM_BYTES else 4
 
     @property
@@ -155,53 +155,53 @@ class SketchedRows:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row: the one formula."""
+        """Bytes of one row; all code takes the number from this formula."""
         return _up(self.w_pad + self.rope_bytes + self.sketch_bytes + SCALES_BYTES, self.alignment)
 
     @property
     def rope_offset(self) -> int:
-        """Where the rotary key begins."""
+        """Offset of the rotary key."""
         return self.w_pad
 
     @property
     def sketch_offset(self) -> int:
-        """Where the sketch begins."""
+        """Offset of the sketch."""
         return self.w_pad + self.rope_bytes
 
     @property
     def scales_offset(self) -> int:
-        """Where the four scales begin: the last 8 bytes of a row."""
+        """Offset of the four scales: they are the last 8 bytes of a row."""
         return self.row_bytes - SCALES_BYTES
 
     @property
     def turns(self) -> int:
-        """In how many ways groups round the bytes that all have: 2, or 1 where all have the same row."""
+        """Number of ways in which groups round the bytes that all have: 2, or 1 if all groups have the same row."""
         return 2 if self.groups > 1 and self.own else 1
 
     @property
     def key_turns(self) -> int:
-        """In how many ways groups round the rotary key: as ``turns`` where it has bytes."""
+        """Number of ways in which groups round the rotary key: ``turns`` if the key is stored as bytes, else 1."""
         return self.turns if self.rope_bits == 8 else 1
 
     def turn(self, group: int) -> float:
-        """Return what a group adds to the even ones of these columns before rounding, in steps; odd ones lose it."""
+        """Return the steps that a group adds to even columns, and subtracts from odd ones, before rounding."""
         return 0.0 if self.turns == 1 else -TURN if group % self.turns else TURN
 
     @property
     def common_bytes(self) -> int:
-        """Bytes on the wire that all groups take their part of a token from: see ``encode_common``."""
+        """Bytes of a token's common part on the wire, from which every group takes its share: see ``encode_common``."""
         twice = self.turns * self.shared + self.key_turns * self.rope_bytes
         return twice + self.groups * self.block_bytes + 3 * SCALE_BYTES
 
     @property
     def own_bytes(self) -> int:
-        """Bytes on the wire that one group has of a token besides: see ``encode_own``."""
+        """Bytes of a token's own part of one group on the wire: see ``encode_own``."""
         return self.own + SCALE_BYTES if self.own else 0
 
     def common_copies(self, group: int) -> tuple[tuple[int, int, int], ...]:
         """Return (from, to, bytes) of each piece of the common part that a row of ``group`` has.
 
-        That is one of the roundings of shared columns and of a key of bytes, and all blocks but the group's own.
+        The row has one of the roundings of shared columns and of a key of bytes, and all blocks but the group's own.
         """
         key = self.turns * self.shared
         sketch = key + self.key_turns * self.rope_bytes
@@ -226,7 +226,7 @@ class SketchedRows:
 
 @dataclass(frozen=True)
 class Unpacked:
-    """What rows stand for, float32: ``latent`` [..., w_pad], ``k_rope`` [..., rope], ``sketch`` [..., (g-1) n]."""
+    """The values of rows in float32: ``latent`` [..., w_pad], ``k_rope`` [..., rope], ``sketch`` [..., (g-1) n]."""
 
     latent: torch.Tensor
     k_rope: torch.Tensor
@@ -248,10 +248,10 @@ def pack_rows(
 
 
 def encode_common(rows: SketchedRows, shared: torch.Tensor, sketch: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
-    """Return what groups share of a token, ``[..., common_bytes]`` uint8; arguments as in ``pack_rows``.
+    """Return the common part of tokens, ``[..., common_bytes]`` uint8; arguments as in ``pack_rows``.
 
-    In order: shared codes of groups 0, 2, ..., of groups 1, 3, ..., rotary key (likewise, where it has bytes), the
-    sketch blocks of all groups, the scales of shared, sketch and rope.
+    The part has, in order: the shared codes of groups 0, 2, ..., those of groups 1, 3, ..., the rotary key (also twice
+    if it is stored as bytes), the sketch blocks of all groups, the scales of shared, sketch and rope.
     """
     shared_codes, shared_scale = quantise_in_turns(rows, shared)
     codes, sketch_scale = quantise_sketch(sketch, rows.sketch_bits)
@@ -259,12 +259,12 @@ def encode_common(rows: SketchedRows, shared: torch.Tensor, sketch: torch.Tensor
         keys, rope_scale = quantise_in_turns(rows, k_rope)
     else:
         keys, rope_scale = [k_rope.to(torch.bfloat16)], torch.ones_like(shared_scale)
-    blocks = pack_bits(codes, rows.sketch_bits)  # a block is whole bytes, so blocks lie one after another
+    blocks = pack_bits(codes, rows.sketch_bits)  # a block fills whole bytes, so blocks can be packed together
     return _bytes(*shared_codes, *keys, blocks, shared_scale, sketch_scale, rope_scale)
 
 
 def encode_own(rows: SketchedRows, own: torch.Tensor) -> torch.Tensor:
-    """Return what one group's rows have besides, ``[..., own_bytes]`` uint8: codes and scale of its own columns."""
+    """Return one group's own part, ``[..., own_bytes]`` uint8: codes and scale of its own columns."""
     if not rows.own:
         return own.new_empty(*own.shape[:-1], 0, dtype=torch.uint8)
     return _bytes(*quantise(own))
@@ -286,12 +286,12 @@ def assemble(rows: SketchedRows, group: int, common: torch.Tensor, own: torch.Te
 
 
 def unpack_rows(rows: SketchedRows, packed: torch.Tensor) -> Unpacked:
-    """Return what rows ``[..., row_bytes]`` uint8 stand for; padded latent columns are zeros."""
+    """Return the values of rows ``[..., row_bytes]`` uint8; padded latent columns are zeros."""
     scales = packed[..., rows.scales_offset :].contiguous().view(torch.bfloat16).to(torch.float32)
     shared, own, sketch, rope = scales.split(1, dim=-1)
     parts = packed[..., : rows.shared], packed[..., rows.shared : rows.w_pad]
     latent = torch.cat([byte_values(parts[0], shared), byte_values(parts[1], own)], dim=-1)
-    # a copy even of a single row, since a view as another type starts at whole items of it
+    # Copy even a single row, because a view as bfloat16 must start at a multiple of 2 bytes.
     key = packed[..., rows.rope_offset : rows.rope_offset + rows.rope_bytes].clone()
     if rows.rope_bits == 8:
         k_rope = byte_values(key, rope)
@@ -302,13 +302,13 @@ def unpack_rows(rows: SketchedRows, packed: torch.Tensor) -> Unpacked:
 
 
 def quantise(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return bytes ``[..., n]`` and a bfloat16 scale ``[..., 1]`` of ``[..., n]``; no columns have scale 1."""
+    """Return bytes ``[..., n]`` and a bfloat16 scale ``[..., 1]`` of ``[..., n]``; the scale is 1 if n is 0."""
     steps, scale = _over_scale(values)
     return _nearest(steps), scale
 
 
 def byte_values(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return what bytes ``[..., n]`` with scales ``[..., 1]`` stand for, float32."""
+    """Return the float32 values of bytes ``[..., n]`` with scales ``[..., 1]``."""
     return (codes.to(torch.float32) - ZERO_CODE) * scale.to(torch.float32)
 
 
@@ -320,7 +320,7 @@ def quantise_in_turns(rows: SketchedRows, values: torch.Tensor) -> tuple[list[to
 
 
 def _over_scale(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return values over their scale, float32, and that scale, bfloat16 ``[..., 1]``."""
+    """Return float32 values divided by their scale, and that scale, bfloat16 ``[..., 1]``."""
     wide = values.to(torch.float32)
     if not wide.shape[-1]:
         return wide, wide.new_ones(*wide.shape[:-1], 1, dtype=torch.bfloat16)
@@ -344,7 +344,7 @@ def _alternating(columns: int, device: torch.device) -> torch.Tensor:
 def round_up_scale(values: torch.Tensor) -> torch.Tensor:
     """Return the least even bfloat16 values, as float32, not below positive float32 ``values``; NaN stays NaN."""
     bits = values.contiguous().view(torch.int32)
-    # a GPU's NaN has all bits set, and would be rounded up to -0
+    # Rounding up would make -0 of a GPU's NaN, which has all bits set.
     return torch.where(values.isnan(), values, ((bits + 0x1FFFF) & ~0x1FFFF).view(torch.float32))
 
 
@@ -354,7 +354,7 @@ def quantise_sketch(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torc
     if not wide.shape[-1]:
         return wide.to(torch.uint8), wide.new_ones(*wide.shape[:-1], 1, dtype=torch.bfloat16)
     largest = wide.abs().amax(-1, keepdim=True)
-    # relative to the largest, so that squares neither overflow nor vanish
+    # Values relative to the largest have squares that neither overflow nor vanish.
     relative = wide / torch.where(largest > 0, largest, torch.ones_like(largest))
     rms = largest * relative.square().mean(-1, keepdim=True).sqrt()
     scale = torch.maximum(rms * STEP[bits], largest / REACH[bits]).to(torch.bfloat16)
@@ -365,13 +365,13 @@ def quantise_sketch(values: torch.Tensor, bits: int) -> tuple[torch.Tensor, torc
 
 
 def sketch_values(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """Return what sketch codes ``[..., m]`` with scales ``[..., 1]`` stand for, float32."""
+    """Return the float32 values of sketch codes ``[..., m]`` with scales ``[..., 1]``."""
     return (codes.to(torch.float32) - ((1 << bits) - 1) / 2) * scale.to(torch.float32)
 
 
 @functools.lru_cache(maxsize=64)
 def _constant(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Return uint8 ``[values]``, made once a device: a copy waits for the host, and no CUDA graph can record it."""
+    """Return uint8 ``[values]``, made once per device: a copy waits for the host, and a CUDA graph cannot record it."""
     return torch.tensor(values, dtype=torch.uint8, device=device)
 
 

@@ -38,8 +38,8 @@ from sglang_tpla.reference_model.forward import PlainModel
 from sglang_tpla.reference_model.spec import ModelSpec
 
 _GROUPS = 2
-_CHOICE_SEQUENCES = 8  # of calibration text, on which layouts are compared
-_SKETCHED_CHOICE_SEQUENCES = 4  # the same for sketched rows, of which there are more to compare
+_CHOICE_SEQUENCES = 8  # sequences of calibration text on which layouts are compared
+_SKETCHED_CHOICE_SEQUENCES = 4  # fewer for sketched rows, because there are more of them to compare
 ERRORS = (ArtifactError, CheckpointError, CorpusError, OutputError, StatisticsError, TransformError, OSError)
 
 
@@ -174,7 +174,7 @@ def make(arguments: argparse.Namespace) -> Artifact:
         shared_dims = spec.latent_dim // 4 if transform in ("shared", "learned") and groups > 1 else 0
     check_settings(transform, groups, shared_dims, spec.latent_dim)
     if rows == "sketched" and arguments.shared_dims is not None and arguments.max_kl is None:
-        # refused before any text is read
+        # Refuse these settings before any text is read.
         bits = arguments.sketch_bits or 4, arguments.rope_bits or 16
         sketched_rows(spec.latent_dim, spec.rope_dim, groups, shared_dims, *bits)
 
@@ -192,7 +192,7 @@ def make(arguments: argparse.Namespace) -> Artifact:
         raise TransformError("--max-kl chooses g among the divisors of --ranks: give --ranks T as well")
     if arguments.from_stats and arguments.max_kl is not None:
         raise TransformError("--max-kl measures on text and needs the model: leave out --from-stats")
-    # no text is an artifact or statistics, so a corpus needs no mention
+    # A corpus need not be checked, because no text is an artifact or statistics.
     outputs = [Output("--out", arguments.out, "an artifact", is_artifact)]
     if arguments.save_stats is not None:
         outputs.append(Output("--save-stats", arguments.save_stats, "statistics", is_statistics))
@@ -206,7 +206,7 @@ def make(arguments: argparse.Namespace) -> Artifact:
                 "--from-stats has second moments only; learned maps and refits need the model and text: leave out "
                 "--from-stats, or take --transform shared"
             )
-        # a file that two patterns name would count twice
+        # Drop duplicates: a file that two patterns name would count twice.
         files = {os.path.realpath(path): path for path in arguments.from_stats}.values()
         statistics = combine([Statistics.load(path) for path in files])
         warn_of_gaps(statistics)
@@ -255,9 +255,10 @@ def make(arguments: argparse.Namespace) -> Artifact:
 
 
 def warn_of_gaps(statistics: Statistics) -> None:
-    """Say on stderr that the tokens left directions of a latent out, where they did: maps are a guess there.
+    """Warn on stderr if the tokens do not reach all directions of a latent, because maps are a guess in the others.
 
-    Few requests, or many alike, do that to statistics of a server's traffic, for which there is no error report.
+    Statistics of a server's traffic can have this gap after few requests, or many similar ones, and they have no error
+    report that would show it.
     """
     reached = [layer.reached for layer in statistics.layers]
     least, latent_dim = min(reached), len(statistics.layers[0].latent_sum)
@@ -271,7 +272,7 @@ def warn_of_gaps(statistics: Statistics) -> None:
 
 
 def row_choice(arguments: argparse.Namespace, groups: int) -> str:
-    """Return the row format that was asked for, or the default: sketched wherever its maps are those of ``shared``."""
+    """Return the requested row format, or the default: sketched if the maps are those of ``shared`` and g > 1."""
     simple = arguments.transform == "shared" and arguments.key_map == "regression" and not arguments.refit_values
     rows = arguments.rows
     if rows is None:
@@ -290,7 +291,7 @@ def row_choice(arguments: argparse.Namespace, groups: int) -> str:
 
 
 def _check_choice(arguments: argparse.Namespace) -> None:
-    """Refuse what the choice of a layout would not follow.
+    """Refuse options that the choice of a layout would ignore.
 
     Raises:
         TransformError: another transform or key map, or shared columns of plain rows, whose number is chosen.
@@ -310,12 +311,12 @@ def _check_choice(arguments: argparse.Namespace) -> None:
 
 def _wanted(arguments: argparse.Namespace, rows: str, spec: ModelSpec) -> Search:
     backend = next(entry for entry in BACKENDS if entry.name == arguments.attention_backend)
-    any_width = rows == "sketched"  # their widths are no slices' of a backend
+    any_width = rows == "sketched"  # a backend's slice widths do not apply to sketched rows
     wanted = Search(
         arguments.ranks, arguments.max_kl, lambda width: any_width or backend.has_width(width), heads=spec.heads
     )
     if rows == "plain":
-        list(wanted.looked_at(spec.latent_dim, spec.rope_dim))  # refused before any text is read
+        list(wanted.looked_at(spec.latent_dim, spec.rope_dim))  # raises before any text is read
     elif arguments.shared_dims is not None:
         counts = wanted.group_counts()
         held = _sketched_search(arguments).looked_at(spec.latent_dim, spec.rope_dim, counts)
@@ -339,7 +340,11 @@ def choose(
     text: Text,
     rows: str,
 ) -> Artifact:
-    """Make the cheapest layout within the bound, and print what was looked at; TransformError where none keeps it."""
+    """Make the cheapest layout within the bound, and print all candidates.
+
+    Raises:
+        TransformError: no layout keeps the bound.
+    """
 
     def tell(line: str) -> None:
         if not arguments.quiet:
@@ -363,7 +368,7 @@ def choose(
     held_out: list[float] = []
     for point in within:
         artifact = made(point.groups, point.rows)
-        # the bound is promised on text that neither the maps nor the choice have seen
+        # The bound is promised on text that neither the maps nor the choice have seen.
         if len(text.held_out):
             (errors,) = measure(model, text.held_out, [model_maps(artifact, model)], prompt_tokens)
             held_out.append(errors.mean_kl)
@@ -381,7 +386,7 @@ def choose(
 
 
 def summary(artifact: Artifact) -> str:
-    """Describe the artifact and its distance from plain MLA in a few lines."""
+    """Return a few lines that describe the artifact and its distance from plain MLA."""
     meta = artifact.meta
     lines = [sketched_summary(artifact) if meta.sketched else plain_summary(artifact)]
     lines.append(f"calibrated on {meta.calibrated_tokens} tokens of {meta.corpus} (seed {meta.seed})")

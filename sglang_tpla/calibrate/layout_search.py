@@ -1,11 +1,11 @@
 """Choose a layout: the fewest cached bytes a token and rank that keep KL under a bound.
 
-`search` measures each layer's KL with only that layer in rows of its own, at every size that is looked at. The layers'
-KL nearly add up, so a greedy walk gives layouts with a size for each layer, exact layers (w = d) among them: it starts
-at the smallest rows, and each step enlarges the layer that buys most KL a byte. Uniform layouts and the walk's layouts
-near the bound are then measured whole, and the cheapest within the bound is taken. Choices are made on calibration
-text; the artifact's report is on held-out text as always. `Search` has the sizes of plain rows, `sketch_search` those
-of sketched ones.
+`search` measures each layer's KL with only that layer in the candidate rows and all others exact, at every size. The
+layers' KL nearly add up, so a greedy walk gives layouts with a size for each layer, exact layers (w = d) among them:
+the walk starts at the smallest rows, and each step enlarges the layer that gains most KL a byte. Uniform layouts and
+the walk's layouts near the bound are then measured whole, and the cheapest within the bound is taken. Choices are made
+on calibration text; the artifact's report is on held-out text as always. `Search` has the sizes of plain rows,
+`sketch_search` those of sketched rows.
 """
 
 import math
@@ -23,20 +23,20 @@ from sglang_tpla.measure.decode_error import measure, model_maps
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 
 Rows = PlainRows | SketchedRows
-# What it is called, its groups, and the rows that a layer of it may have, by size, ascending.
+# One family of candidates: its name, its groups, and the rows that a layer may have, by ascending size.
 LookedAt = tuple[str, int, Sequence[Rows]]
-_SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)  # r as shares of d that are looked at
-_MOST_RANKS = 4096  # the divisors of a slip of the hand would be looked for all day
-MOST_LAYOUTS = 12  # of one number of groups, measured whole
+_SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 0.75)  # the candidates for r, as shares of d
+_MOST_RANKS = 4096  # finding the divisors of a mistyped number could take all day
+MOST_LAYOUTS = 12  # layouts of one number of groups that are measured whole
 
 
 def each(values: Sequence[int]) -> str:
-    """Return each layer's number, or the one number of all layers."""
+    """Return each layer's number as text, or one number if all layers have the same."""
     return "/".join(map(str, values if len(set(values)) > 1 else values[:1]))
 
 
 def size_bytes(rows: Rows) -> int:
-    """Return the bytes of a layer's row, in bf16 where it is plain."""
+    """Return the bytes of a layer's row; plain rows count as bf16."""
     return rows.row_bytes if isinstance(rows, SketchedRows) else 2 * rows.row_items
 
 
@@ -50,12 +50,12 @@ class Point:
 
     @property
     def bytes_per_token(self) -> int:
-        """A rank's bytes, all layers, with rope."""
+        """The bytes that a rank caches for a token in all layers, with rope."""
         return sum(map(size_bytes, self.rows))
 
     @property
     def label(self) -> str:
-        """The layers' differences in words: widths, or shared columns and sketch bits."""
+        """The layout in words: each layer's width, or its shared columns and sketch bits."""
         sketched = [rows for rows in self.rows if isinstance(rows, SketchedRows)]
         if not sketched:
             return each([rows.width for rows in self.rows if isinstance(rows, PlainRows)])
@@ -68,13 +68,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Search:
-    """What may be chosen.
+    """The layouts that may be chosen.
 
     Args:
         ranks: T; g runs over its divisors above 1.
         max_kl: the bound, nats a token.
-        has_width: which slice widths the attention backend serves.
-        heads: H, which the head shards T/g of a g divide; 0 looks at every g.
+        has_width: returns whether the attention backend serves a slice width.
+        heads: H; the T/g head shards must divide it. 0 allows every g.
     """
 
     ranks: int
@@ -90,7 +90,7 @@ class Search:
             )
 
     def group_counts(self) -> list[int]:
-        """Return the g to look at: the divisors of the ranks above 1 that a server can serve."""
+        """Return the candidates for g: the divisors of the ranks above 1 that a server can serve."""
         return [g for g in range(2, self.ranks + 1) if self.ranks % g == 0 and self.heads % (self.ranks // g) == 0]
 
     def shared_choices(self, latent_dim: int, groups: int) -> list[int]:
@@ -98,7 +98,7 @@ class Search:
         found: dict[int, int] = {}
         for share in _SHARES:
             start = round(share * latent_dim)
-            # the nearest r above whose width is served
+            # Take the smallest r from here on whose width is served.
             for shared in range(start, latent_dim):
                 width = slice_width(latent_dim, groups, shared)
                 if self.has_width(width) and (latent_dim - shared) % groups == 0:
@@ -130,7 +130,7 @@ def search(
     made: Callable[[int, Sequence[Rows]], Artifact],
     progress: Callable[[str], None],
 ) -> list[Point]:
-    """Return every layout that was measured, the cheapest first; ``made`` gives the artifact of groups and rows."""
+    """Return every measured layout, the cheapest first; ``made`` returns the artifact for groups and rows."""
 
     def kl_of(candidates: Sequence[Sequence[LayerMaps | None]]) -> list[float]:
         return [errors.mean_kl for errors in measure(model, tokens, candidates, prompt_tokens)]
@@ -139,7 +139,7 @@ def search(
     points: list[Point] = []
     for name, groups, choices in looked_at:
         maps = [model_maps(made(groups, [rows] * layers), model) for rows in choices]
-        picks = [[choice] * layers for choice in range(len(choices))]  # a choice per layer
+        picks = [[choice] * layers for choice in range(len(choices))]  # a pick has a choice per layer
         if len(picks) > 1:
             alone: list[list[float]] = []
             for layer in range(layers):
@@ -157,18 +157,18 @@ def search(
 
 
 def widening_walk(alone: Sequence[Sequence[float]], sizes: Sequence[int]) -> list[list[int]]:
-    """Return layouts (a choice per layer) from the smallest on; each enlarges the layer that buys most for its size.
+    """Return layouts (a choice per layer) from the smallest on; each enlarges the layer that gains most for its size.
 
     Args:
         alone: KL of each layer by itself at each choice, [layers][choices].
-        sizes: of a row at each choice, ascending.
+        sizes: the size of a row at each choice, ascending.
     """
     current = [0] * len(alone)
     walk = [list(current)]
     while True:
         best: tuple[float, int, int] | None = None
         for layer, choice in enumerate(current):
-            # a step may skip choices that buy nothing by themselves
+            # A step may skip choices that gain nothing by themselves.
             for wider in range(choice + 1, len(sizes)):
                 gain = (alone[layer][choice] - alone[layer][wider]) / (sizes[wider] - sizes[choice])
                 if best is None or gain > best[0]:
@@ -180,7 +180,7 @@ def widening_walk(alone: Sequence[Sequence[float]], sizes: Sequence[int]) -> lis
 
 
 def near_the_bound(picks: list[list[int]], alone: Sequence[Sequence[float]], max_kl: float) -> list[list[int]]:
-    """Return the uniform layouts, and of the others those whose layers' KL adds up to about the bound."""
+    """Return the uniform layouts, and those of the others whose layers' KL adds up to about the bound."""
 
     def distance(pick: list[int]) -> float:
         total = sum(alone[layer][choice] for layer, choice in enumerate(pick))
@@ -192,7 +192,7 @@ def near_the_bound(picks: list[list[int]], alone: Sequence[Sequence[float]], max
 
 
 def table(points: Sequence[Point], chosen: Point | None, bytes_mla: int) -> str:
-    """Return the frontier as text, without layouts that another one beats on both counts, and with plain MLA."""
+    """Return the frontier and plain MLA as text; layouts that another beats on both counts are omitted."""
     lines = [f"{'g':>3} {'bytes a token and rank':>23} {'of MLA':>7} {'KL a token':>11}  layout"]
     best = float("inf")
     for point in points:

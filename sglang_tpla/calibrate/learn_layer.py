@@ -1,14 +1,14 @@
 """Transform ``learned``: maps optimised layer by layer on the layer's own output error.
 
 The maps start as those of ``shared``. For each layer, Adam minimises the squared error of the attention's output (after
-W_O) over sampled queries of the calibration text, with exact inputs. It touches no other weight, and no error passes
-from layer to layer. Parameters live in whitened coordinates, where every direction of the latent has the same variance,
-so that one step size suits them all:
+W_O) over sampled queries of the calibration text, with exact inputs. Adam changes no other weight, and no error passes
+from layer to layer. Parameters are in whitened coordinates, in which every direction of the latent has the same
+variance, so that one step size suits all directions:
 
     Z_i = C^-1/2 [S | R_i],   A_i = A'_i C^1/2,   B_i = B'_i C^1/2
 
-S is one tensor for all groups, so the shared columns stay the same bits. `learn_model` runs layer after layer, and
-resumes.
+S is one tensor for all groups, so the shared columns stay the same, bit for bit. `learn_model` runs layer after layer,
+and can resume.
 """
 
 import math
@@ -30,10 +30,11 @@ _VARIANCE_FLOOR = 1e-8
 class LearnPlan:
     """The steps and the batches of learning.
 
-    ``rate`` is Adam's peak step size for a layer whose relative squared error is 1e-3. Another layer's step size is
-    that times the square root of the ratio of their errors, since that is how far its maps are from the best. Layers
-    differ in the step size that they bear: each of ``trial_scales`` times it is tried for ``trial_steps``, and the best
-    goes the whole way. A layer below ``good_enough`` is left as it is. ``queries`` is a number for each sequence.
+    ``rate`` is Adam's peak step size for a layer whose relative squared error is 1e-3. For another layer, the rate is
+    scaled by the square root of the ratio of the errors, which measures how far the layer's maps are from the best.
+    Layers differ in the step size that they tolerate: each of ``trial_scales`` times the rate is tried for
+    ``trial_steps``, and the best is used for all ``steps``. A layer with an error below ``good_enough`` is left as it
+    is. ``queries`` counts the queries of each sequence.
     """
 
     steps: int = 400
@@ -49,7 +50,7 @@ class LearnPlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises TransformError for a field out of range."""
+        """Raise TransformError if a field is out of range."""
         least = {"steps": 0, "sequences": 1, "queries": 1, "first_query": 0, "trial_steps": 1}
         for name, low in least.items():
             if getattr(self, name) < low:
@@ -89,7 +90,7 @@ class _Whitened:
         root = (vectors * values.sqrt()) @ vectors.T
         inverse = (vectors / values.sqrt()) @ vectors.T
         white = [(root @ z.double().cpu(), a.double().cpu(), b.double().cpu()) for z, a, b in maps]
-        # unit columns: a slice's scale is free, and the step size is relative to it
+        # Use unit columns: the scale of a slice is free, and the step size is relative to it.
         norms = [z.norm(dim=0).clamp_min(1e-6) for z, _, _ in white]
 
         def stack(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -117,7 +118,7 @@ class _Whitened:
 
 
 def output_error(attention: Attention, batch: Batch, maps: Maps) -> torch.Tensor:
-    """Return the squared error of the layer's output over the batch, relative to the exact output's square."""
+    """Return the squared error of the layer's output over the batch, divided by the square of the exact output."""
     scale = attention.spec.scale
     rope = batch.rope_scores(scale)
     with torch.no_grad():
@@ -143,13 +144,13 @@ def learn_layer(
 
     Args:
         attention: the layer's exact attention.
-        inputs: of that attention on calibration text.
-        maps: where to start, (Z, A, B) of each group.
+        inputs: that attention's inputs on calibration text.
+        maps: the maps to start from, (Z, A, B) of each group.
         shared_dims: leading columns of Z that all groups share.
-        covariance: of the latent [d, d], for the coordinates.
+        covariance: the covariance of the latent [d, d], for the coordinates.
         plan: steps and batch.
-        layer: number of the layer; with the seed it decides the batches.
-        progress: told the steps done.
+        layer: number of the layer; this number and the seed decide the batches.
+        progress: called with the number of steps just done.
     """
     device = inputs.latent.device
     generator = torch.Generator().manual_seed(plan.seed * 1000003 + layer)
@@ -158,7 +159,7 @@ def learn_layer(
     def draw() -> Batch:
         return sample(attention, inputs, generator, **size)
 
-    # both ends are measured on the same queries, which the steps do not draw on purpose
+    # The errors before and after are measured on the same queries, which the steps do not aim to draw.
     probes = [draw() for _ in range(8)]
 
     def probe(current: Maps) -> float:
@@ -195,5 +196,5 @@ def learn_layer(
     scale = min(tried, key=tried.__getitem__) if tried else plan.trial_scales[0]
     learned = descend(scale, plan.steps)
     after = probe(learned)
-    # never worse than where it started
+    # The result is never worse than the start.
     return LearnedLayer(learned, before, after) if after < before else LearnedLayer(start, before, before)

@@ -1,8 +1,8 @@
 """Learn the maps of a whole model, one layer after the other, resumable at every layer.
 
-Finished layers lie in a folder named after everything that decides the result (model, text, starting maps, plan), so a
-killed run goes on where it was, ends with the same bits, and never mixes two settings. The folder is removed when the
-artifact is made.
+Finished layers are kept in a folder named after a hash of everything that decides the result (model, text, starting
+maps, plan). So a killed run continues where it stopped, ends with the same bits, and never mixes two settings. The
+folder is removed when the artifact is made.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from sglang_tpla.measure.layer_inputs import sample, walk
 from sglang_tpla.measure.statistics import Statistics
 from sglang_tpla.reference_model.forward import Attention, AttentionInputs, PlainModel
 
-_REFIT_SEED = 7919  # queries of the refit are not those of the steps
+_REFIT_SEED = 7919  # gives the refit other queries than the steps
 
 
 def learn_model(
@@ -42,13 +42,13 @@ def learn_model(
 
     Args:
         model: the exact model.
-        start: maps to start from, of the same model.
+        start: the maps to start from, of the same model.
         statistics: second moments, for the coordinates.
         tokens: calibration text [N, S].
         plan: steps and batches.
-        work_folder: where finished layers are kept; a subfolder named by the settings is made and removed.
+        work_folder: folder for finished layers; a subfolder named by the settings is made and removed.
         refit: refit the value maps in closed form at the end of each layer.
-        show_progress: a progress bar over all steps.
+        show_progress: show a progress bar over all steps.
 
     Raises:
         ArtifactError: a finished layer's file is damaged.

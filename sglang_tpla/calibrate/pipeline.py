@@ -1,4 +1,4 @@
-"""From second moments to an artifact: the steps of the calibration command as functions."""
+"""The steps of the calibration command, from second moments to an artifact, as functions."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,7 +32,8 @@ def closed_form(
     """Return an artifact of plain rows, with an r per layer, from second moments and kv_b_proj alone.
 
     Raises:
-        TransformError: settings that give no transform. StatisticsError: moments of another model.
+        TransformError: the settings give no transform.
+        StatisticsError: the moments are of another model.
     """
     check_statistics(statistics, checkpoint)
     spec, seed = ModelSpec.from_config(checkpoint.config), statistics.meta.seed
@@ -49,10 +50,10 @@ def closed_form(
 
 
 def layer_costs(statistics: Statistics, checkpoint: Checkpoint) -> list[LayerCosts]:
-    """Return what rounding costs in every layer, from second moments and kv_b_proj alone.
+    """Return the cost of rounding in every layer, from second moments and kv_b_proj alone.
 
     Raises:
-        StatisticsError: moments of another model.
+        StatisticsError: the moments are of another model.
     """
     check_statistics(statistics, checkpoint)
     spec = ModelSpec.from_config(checkpoint.config)
@@ -65,10 +66,10 @@ def layer_costs(statistics: Statistics, checkpoint: Checkpoint) -> list[LayerCos
 def sketched_form(
     statistics: Statistics, spec: ModelSpec, costs: Sequence[LayerCosts], rows: Sequence[SketchedRows]
 ) -> Artifact:
-    """Return an artifact of sketched rows, sized layer by layer, from what rounding costs in every layer.
+    """Return an artifact of sketched rows, sized layer by layer, from the cost of rounding in every layer.
 
     Raises:
-        TransformError: layers that do not share groups and the rotary key's bits, or rows of another model.
+        TransformError: layers differ in groups or the rotary key's bits, or the rows are of another model.
     """
     first = rows[0]
     for layer_rows in rows:
@@ -97,7 +98,7 @@ def check_statistics(statistics: Statistics, checkpoint: Checkpoint) -> None:
     """Refuse moments of another model.
 
     Raises:
-        StatisticsError: another configuration or other weights, or too few layers, heads or tokens.
+        StatisticsError: the configuration or weights differ, or layers, heads or tokens are too few.
     """
     spec = ModelSpec.from_config(checkpoint.config)
     found = (config_hash(checkpoint.config), weights_hash(checkpoint.path))
@@ -128,7 +129,7 @@ def check_statistics(statistics: Statistics, checkpoint: Checkpoint) -> None:
 
 
 def _provenance(statistics: Statistics, spec: ModelSpec, transform: str, groups: int) -> ArtifactMeta:
-    """Return metadata of plain rows whose layers have no widths yet."""
+    """Return metadata of plain rows, without the layers' widths."""
     source = statistics.meta
     return ArtifactMeta(
         format_version=FORMAT_VERSION,

@@ -4,9 +4,8 @@ With u_{i,h} = p_{i,h} z_i fixed, the layer's output is linear in the B_i:
 
     min over B of  sum_q | sum_h (sum_i u_{i,h} B_i - p_h c) W_UV_h^T W_O_h^T |^2
 
-solved by conjugate gradients on the normal equations from the maps at hand, which is also what keeps
-directions that the text says nothing about where they were. Shapes: M queries, H heads, w slice width, d
-latent dims.
+Conjugate gradients solve the normal equations. They start from the given maps, so directions that the text says
+nothing about stay as they were. Shapes: M queries, H heads, w slice width, d latent dims.
 """
 
 from collections.abc import Sequence
@@ -22,9 +21,9 @@ from sglang_tpla.reference_model.forward import Attention
 def refit_values(
     attention: Attention, batches: Sequence[Batch], maps: Maps, *, iterations: int
 ) -> tuple[Maps, float, float]:
-    """Refit B. Return the maps, and the relative squared output error on the batches before and after.
+    """Refit B, and return the maps and the relative squared output error on the batches before and after.
 
-    The error never grows: conjugate gradients lower it at every step.
+    Conjugate gradients lower the error at every step, so it never grows.
     """
     scale, spec = attention.spec.scale, attention.spec
     parts, targets = [], []
@@ -37,7 +36,7 @@ def refit_values(
     slices, target = torch.cat(parts), torch.cat(targets)  # [M, H, g * w], [M, hidden]
 
     def output(b: torch.Tensor) -> torch.Tensor:
-        """Return [M, hidden] of B [g * w, d]."""
+        """Return the layer's output [M, hidden] for B [g * w, d]."""
         values = torch.einsum("mhd,hvd->mhv", slices @ b, attention.w_uv)
         return values.flatten(1) @ attention.o.T
 

@@ -1,4 +1,4 @@
-"""The cost of rounding a layer's sketched rows, from the layer's second moments. Layouts are chosen by it.
+"""The cost of rounding a layer's sketched rows, from the layer's second moments. Layouts are chosen by this cost.
 
 An error of the latent is counted in squared nats of a score. On three small models, a mean of 0.001 squared nats cost
 some 0.0003 nats of KL a token, whichever part of a row it came from.
@@ -16,8 +16,8 @@ from sglang_tpla.calibrate.transforms import Basis, score_basis
 from sglang_tpla.measure.statistics import LayerMoments
 
 ATTENDED_SPREAD = 0.25
-# mean square rounding error as a share of the mean square: the best uniform levels of a Gaussian by bits, and bytes
-# where the largest of some hundred values is 2.8 times their root mean square
+# These are mean square rounding errors as a share of the mean square: by bits, for a Gaussian's best uniform levels;
+# and for bytes, if the largest of some hundred values is 2.8 times their root mean square.
 DISTORTION = {2: 0.1188, 3: 0.03744, 4: 0.01154}
 BYTE_DISTORTION = 2.8**2 / (12 * LARGEST_CODE**2)
 TINY = 1e-30
@@ -29,8 +29,8 @@ class LayerCosts:
 
     Args:
         basis: columns of mean square 1, in order of score energy.
-        in_scores: cost of errors that scores alone see, diagonal, [d, d].
-        in_both: cost of errors that scores and values see, [d, d].
+        in_scores: cost of errors that affect scores alone, diagonal, [d, d].
+        in_both: cost of errors that affect scores and values, [d, d].
     """
 
     basis: Basis
@@ -45,14 +45,14 @@ class LayerCosts:
         value = w_uv.double()
         values = torch.einsum("hvd,hve->de", value, value) / len(value)
         spread = ATTENDED_SPREAD * (values * moments.covariance).sum()
-        # Values that are all alike give no unit to count their errors by; scores decide then. A tiny unit would make
-        # this layer's cost outweigh that of all others where layouts are chosen.
+        # If all values are alike, their spread is no unit for their errors, and scores alone decide. A tiny unit would
+        # make this layer's cost outweigh that of all others when layouts are chosen.
         values = values / spread if spread > TINY else torch.zeros_like(values)
         in_scores, in_values = (basis.inverse @ cost @ basis.inverse.T for cost in (queries, values))
         return cls(basis, in_scores, in_scores + in_values)
 
     def sketch(self, rows: SketchedRows) -> float:
-        """Return what the sketch adds to the variance of a score."""
+        """Return the variance that the sketch's rounding adds to a score."""
         if not rows.own:
             return 0.0
         left = self.in_scores.diagonal()[rows.shared :].clamp_min(0).sqrt().sum().item()
@@ -60,7 +60,7 @@ class LayerCosts:
         return others * DISTORTION[rows.sketch_bits] * left**2 / (rows.latent_dim - rows.shared)
 
     def columns(self, rows: SketchedRows) -> float:
-        """Return what the rounding of shared and own columns to 8 bits costs."""
+        """Return the cost of rounding shared and own columns to 8 bits."""
         parts = [list(range(rows.shared)), *own_columns(rows)]
         return BYTE_DISTORTION * sum(self._part(picked) for picked in parts if picked)
 

@@ -1,10 +1,11 @@
-"""Sizes of sketched rows: those that the format holds, and those that calibration takes when none are given.
+"""The sizes of sketched rows: those that the format can hold, and the defaults of calibration.
 
-Models differ in how many columns need 8 bits on every rank and in how fine a sketch the others need. The statistics
-show both, because they give the cost of each part's rounding (`rounding_cost`), and there are three cases:
+Models differ in how many columns need 8 bits on every rank and in how fine a sketch the other columns need. The
+statistics show both, because they give the cost of each part's rounding (`rounding_cost`), and there are three cases:
 
-* A quarter of the columns shared leaves the sketch little noise: every layer has that layout.
-* The same, but other shares and bits layer by layer cost far less at about as many bytes: each layer has its own.
+* With a quarter of the columns shared, the sketch adds little noise: every layer has that layout.
+* The sketch adds little noise, but other shares and bits layer by layer cost far less at about as many bytes: each
+  layer has a separate layout.
 * The sketch is noisy (a tight latent, sharp attention): the rotary key has 8 bits, which cost less than the sketch
   does, and the bytes that this saves are spent on shared columns.
 """
@@ -19,9 +20,9 @@ from sglang_tpla.calibrate.layout_search import widening_walk
 from sglang_tpla.calibrate.rounding_cost import LayerCosts
 from sglang_tpla.calibrate.transforms import TransformError
 
-QUIET = 1e-3  # square nats of a score: some 0.0002 to 0.0003 nats of KL a token on three small models
+QUIET = 1e-3  # square nats of a score; they cost 0.0002 to 0.0003 nats of KL a token on three small models
 _ROPE_BITS, _SKETCH_BITS = 16, 4
-_WORTH_LAYERS = 0.72  # of the usual rows' cost: rows by layer must cost less than this share to be taken
+_WORTH_LAYERS = 0.72  # rows by layer are taken only if they cost less than this share of the usual rows' cost
 
 
 def sketched_rows(
@@ -30,7 +31,7 @@ def sketched_rows(
     """Return the rows of these settings.
 
     Raises:
-        TransformError: the format does not hold them; the message says which shared dims it does hold.
+        TransformError: the format cannot hold them; the message names the nearest shared dims that it can hold.
     """
     try:
         return SketchedRows.of(latent_dim, groups, shared_dims, rope_dim, sketch_bits=sketch_bits, rope_bits=rope_bits)
@@ -49,13 +50,13 @@ def usual_rows(
     rope_bits: int | None = None,
     shared_dims: int | None = None,
 ) -> list[SketchedRows]:
-    """Return the rows of every layer at these settings, and choose what is None.
+    """Return the rows of every layer at these settings, and choose the settings that are None.
 
-    Where a quarter shared is noisy, the rotary key has 8 bits, and the bytes that this saves are spent on shared
-    columns, up to three quarters of all. A user who asks for 8 bits wants few bytes and gets three eighths shared.
+    If the sketch is noisy with a quarter shared, the rotary key has 8 bits, and the bytes that this saves are spent on
+    shared columns, up to three quarters of all. A user who asks for 8 bits wants few bytes and gets three eighths.
 
     Raises:
-        TransformError: the format does not hold them.
+        TransformError: the format cannot hold such rows.
     """
     latent_dim = len(costs[0].in_scores)
     bits = sketch_bits or _SKETCH_BITS
@@ -81,14 +82,14 @@ def usual_rows(
 
 
 def sketch_noise(costs: Sequence[LayerCosts], rows: SketchedRows) -> float:
-    """Return the variance that a sketch's rounding adds to a score, mean over layers."""
+    """Return the variance that a sketch's rounding adds to a score, averaged over layers."""
     return sum(layer.sketch(rows) for layer in costs) / len(costs)
 
 
 def _by_layer(costs: Sequence[LayerCosts], usual: SketchedRows) -> list[SketchedRows]:
     """Return the rows that lower rounding's cost most for their bytes, layer by layer; the usual ones for a small gain.
 
-    An early layer's error passes the experts' routing of every later layer, so it counts once for each of them.
+    An early layer's error passes the experts' routing of every later layer, so it counts once for each such layer.
     """
     layers = [usual] * len(costs)
     choices = [] if usual.groups == 1 else _even_rows(usual)
@@ -124,17 +125,17 @@ def _even_rows(usual: SketchedRows) -> list[SketchedRows]:
 
 
 def _most_bytes(usual: SketchedRows) -> float:
-    """Return the most bytes, mean over layers, that a row chosen by layer may have.
+    """Return the most bytes, averaged over layers, that a row chosen by layer may have.
 
-    The usual rows' bytes bound them, with a fiftieth of plain MLA's added, and 56, 52 and 50 hundredths of plain MLA's
-    at two, four and eight groups; the usual rows' own bytes are always allowed.
+    Two bounds hold: the usual rows' bytes plus a fiftieth of plain MLA's, and 56, 52 or 50 hundredths of plain MLA's at
+    two, four or eight groups. The bytes of the usual rows are always allowed.
     """
     mla = 2 * (usual.latent_dim + usual.rope_dim)
     return max(min(usual.bare_bytes + mla / 50, mla * (0.48 + 0.16 / usual.groups)), usual.bare_bytes)
 
 
 def _filled(rows: SketchedRows) -> SketchedRows:
-    """Return the rows of no more bytes that share most columns: what would be padding is put to use."""
+    """Return the rows of no more bytes that share most columns, so that padding is put to use."""
     for shared in range(rows.latent_dim - 1, rows.shared, -1):
         own = (rows.latent_dim - shared) // rows.groups
         if own % 8 == 0 and shared + rows.groups * own == rows.latent_dim:

@@ -2,15 +2,15 @@
 
 The latent c is turned into t = c U, where U is the score-energy basis (`transforms.score_basis`) of the latent's second
 moment, so that every column of t has mean square 1. The first r columns are shared, and the others are dealt out in
-turn. The second moment stands in place of the covariance because a mean, too, costs resolution, and this way most of
-it lies in the shared columns. A row rounds each part with one scale a token. A part x = t W R is therefore weighted by
-a symmetric W and then rotated by R, which spreads its energy and its rounding evenly over its columns. Where an error
-of t costs E (a matrix), an error of x costs tr(W^2) tr(E W^-2), which is least at W = E^(1/4).
+turn. The second moment takes the place of the covariance because a mean, too, costs resolution, and the second moment
+puts most of the mean into the shared columns. A row rounds each part with one scale a token. A part x = t W R is
+therefore weighted by a symmetric W and then rotated by R, which spreads its energy and its rounding evenly over its
+columns. If an error of t costs E (a matrix), an error of x costs tr(W^2) tr(E W^-2), which is least at W = E^(1/4).
 
-* The sketch takes part in scores alone: E is the queries' second moment, diagonal in this basis.
-* The 8-bit columns take part in scores and values. A head attends with probabilities p: an error of its score costs
+* Scores alone use the sketch: E is the queries' second moment, diagonal in this basis.
+* Scores and values use the 8-bit columns. A head attends with probabilities p: an error of its score costs
   sum p^2 |v - o|^2, and an error of its values costs sum p^2 times the error's square, so E is the scores' part times
-  the values' spread |v - o|^2, plus the values' part. ``ATTENDED_SPREAD`` of the spread over all tokens is counted,
+  the values' spread |v - o|^2, plus the values' part. Only ``ATTENDED_SPREAD`` of the spread over all tokens counts,
   because the tokens that one query attends to lie nearer to each other than any two tokens do.
 
 The maps back are exact, so rounding is the only loss:
@@ -27,16 +27,16 @@ from sglang_tpla.calibrate.rounding_cost import LayerCosts, own_columns
 from sglang_tpla.calibrate.transforms import Basis
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 
-_LEAST_COST = 1e-12  # of the largest: a direction that costs nothing keeps a finite weight
-_NO_COST = 1e-16  # square nats: below, directions are alike, and key maps stay within float16 even without any query
+_LEAST_COST = 1e-12  # share of the largest cost; a direction that costs nothing keeps a finite weight
+_NO_COST = 1e-16  # square nats; cheaper directions count alike, so key maps stay within float16 even without any query
 
 
 def layer_sketched_maps(costs: LayerCosts, rows: SketchedRows) -> SketchedMaps:
-    """Return maps of one layer, float64, in rows of these sizes."""
+    """Return the maps of one layer, float64, for rows of these sizes."""
     basis = costs.basis
 
     def part(cost: torch.Tensor, picked: list[int]) -> Basis:
-        """Return the columns ``picked``, weighted by what their rounding costs, and rotated."""
+        """Return the columns ``picked``, weighted by the cost of their rounding, and rotated."""
         weight, unweight = _fourth_root(cost[picked][:, picked])
         turn = rotation(len(picked))
         return Basis(basis.forward[:, picked] @ weight @ turn, turn.T @ unweight @ basis.inverse[picked])

@@ -1,8 +1,8 @@
 """The sketched rows among which `layout_search` chooses.
 
-For every g that divides the ranks, with rotary keys of 16 and of 8 bits, that is every pair of r shared columns and b
-sketch bits that is worth its bytes. One group (plain MLA with an 8-bit cache, which needs no artifact) is measured
-beside them, because g > 1 has to beat it.
+The candidates are, for every g that divides the ranks and for rotary keys of 16 and of 8 bits, the pairs of r shared
+columns and b sketch bits that are worth their bytes. One group (plain MLA with an 8-bit cache, which needs no artifact)
+is measured as well, because g > 1 has to beat it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from sglang_tpla.cache_rows.shared_columns import shared_choices
 from sglang_tpla.cache_rows.sketched import ROPE_BITS, SKETCH_BITS, SketchedRows
 from sglang_tpla.calibrate.layout_search import LookedAt
 
-# r as shares of d that are looked at, by the rotary key's bits: the bytes that 8 bits save may go to shared columns
+# Candidates for r as shares of d, by the rotary key's bits: the bytes that 8 bits save may go to shared columns.
 _SHARES = {16: (0.125, 0.25, 0.375), 8: (0.25, 0.5, 0.75)}
 
 
@@ -21,9 +21,9 @@ class SketchedSearch:
     """The sketched rows that may be chosen.
 
     Args:
-        bits: sketch bits that are looked at.
-        rope_bits: bits of the rotary key that are looked at, the same in every layer of a layout.
-        shared: the one r that is looked at, where the format holds it, or None for a few shares of d.
+        bits: the candidates for sketch bits.
+        rope_bits: the candidates for the rotary key's bits, the same in every layer of a layout.
+        shared: the only candidate for r, if the format can hold it, or None for a few shares of d.
     """
 
     bits: tuple[int, ...] = SKETCH_BITS
@@ -38,7 +38,7 @@ class SketchedSearch:
                     yield f"g = {groups}, key of {bits} bits", groups, choices
 
     def choices(self, latent_dim: int, rope_dim: int, groups: int, rope_bits: int) -> list[SketchedRows]:
-        """Return rows by size, ascending; of one size, those with most bits, then with most shared columns."""
+        """Return rows by ascending size; for each size, those with the most bits, then the most shared columns."""
         found: dict[int, SketchedRows] = {}
         for bits in self.bits:
             held = shared_choices(latent_dim, groups, bits)

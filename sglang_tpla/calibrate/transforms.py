@@ -3,15 +3,15 @@
 Every transform is a basis of the latent space, dealt out to the groups, and two maps back:
 
     Z_i [d, w]  the group's basis columns: z_i = c Z_i
-    A_i [w, d]  centred regression of the whole latent c on z_i. A constant key shifts a query's scores all by the
-                same amount, which its softmax ignores, so the mean needs no term of its own.
+    A_i [w, d]  centred regression of the whole latent c on z_i. A constant key shifts all scores of a query by the
+                same amount, which the softmax ignores, so the mean needs no separate term.
     B_i [w, d]  rows of the inverse basis; those of shared columns count 1/g in each group, so that
-                sum_i Z_i B_i = I and the output is exact wherever the groups' probabilities are.
+                sum_i Z_i B_i = I and the output is exact wherever the groups' probabilities are exact.
 
 Bases: ``identity``, ``hadamard`` (seeded signs, spreads energy evenly), ``pca`` (the paper's: eigenvectors of the
 latent's covariance), ``shared`` (ours: whitened latent, directions ordered by score energy S_K^1/2 S_Q S_K^1/2; every
-group keeps the first r, and the rest goes out in blocks). Settings out of range, and a latent for which a basis does
-not exist, raise `TransformError`.
+group keeps the first r, and the rest is dealt out in blocks). Settings out of range, and a latent that has no such
+basis, raise `TransformError`.
 """
 
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ from sglang_tpla.measure.statistics import LayerMoments
 
 TRANSFORMS = ("identity", "hadamard", "pca", "shared")
 Maps = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-# directions of less variance than this share of the largest are noise of the arithmetic
+# Directions with less variance than this share of the largest are rounding noise.
 _RELATIVE_FLOOR = 1e-10
 
 
 class TransformError(SglangTplaError, ValueError):
-    """Settings that give no transform: what was expected, what came, what to do."""
+    """Settings give no transform; the message says what was expected, what came, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def check_settings(transform: str, groups: int, shared_dims: int, latent_dim: in
     """Refuse settings before any work.
 
     Raises:
-        TransformError: groups or shared dims out of range, shared dims of a transform that shares none, or a latent
-            for which there is no such transform.
+        TransformError: groups or shared dims are out of range, the transform shares no dims, or the latent has no such
+            transform.
     """
     if not 1 <= groups <= latent_dim:
         raise TransformError(f"expected 1 <= --groups <= {latent_dim}, got {groups}")
@@ -76,10 +76,10 @@ def layer_maps(
         moments: the layer's statistics.
         w_uk: key half of kv_b_proj, [H, n, d].
         groups: g.
-        shared_dims: r, columns every group keeps; only ``shared`` takes any.
+        shared_dims: r, columns that every group keeps; only ``shared`` takes any.
         seed: decides Hadamard's signs.
-        key_map: ``regression``, or ``scalar`` for the map the paper would take: the slice's own rows of the
-            inverse basis, times g for Hadamard, whose slices each hold 1/g of the energy.
+        key_map: ``regression``, or ``scalar`` for the paper's map: the slice's rows of the inverse basis, times g for
+            Hadamard, whose slices each hold 1/g of the energy.
     """
     latent_dim = moments.latent_sum.shape[0]
     check_settings(transform, groups, shared_dims, latent_dim)
@@ -116,7 +116,7 @@ def make_basis(transform: str, moments: LayerMoments, w_uk: torch.Tensor, seed: 
 def score_basis(covariance: torch.Tensor, query_moment: torch.Tensor) -> Basis:
     """Order whitened directions by score energy; both arguments and both results are [d, d]."""
     values, vectors = torch.linalg.eigh(covariance)
-    # latents that are all zero have no largest variance; a small one keeps their errors cheap beside other layers'
+    # Latents that are all zero have no largest variance; a small floor keeps their errors cheap beside other layers'.
     values = values.clamp_min(_RELATIVE_FLOOR * (values[-1] if values[-1] > 0 else 1))
     root = (vectors * values.sqrt()) @ vectors.T
     root_inverse = (vectors / values.sqrt()) @ vectors.T
@@ -131,18 +131,18 @@ def check_hadamard(size: int) -> None:
 
 
 def hadamard(size: int, seed: int) -> torch.Tensor:
-    """Make an orthogonal [size, size]: Hadamard's matrix with seeded signs of its rows."""
+    """Return an orthogonal matrix [size, size]: Hadamard's with seeded signs of its rows."""
     check_hadamard(size)
     signs = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(seed)) * 2 - 1
     return signs.double()[:, None] * rotation(size)
 
 
 def deal(latent_dim: int, groups: int, shared_dims: int) -> list[list[int]]:
-    """Deal the basis columns out to the groups: to each the first ``shared_dims``, then a block of the rest.
+    """Deal the basis columns out to the groups: each gets the first ``shared_dims``, then a block of the rest.
 
-    Blocks of an ordered basis, not columns in turn: a group with a poor score does harm in proportion to the
-    values it carries, so the first group should have both the good scores and the large values. On a
-    checkpoint of latent width 256 this halves the error at g = 2 against dealing in turn.
+    The rest is dealt in blocks of the ordered basis, not column by column: a group with a poor score does harm in
+    proportion to the values that it carries, so the first group should have both the good scores and the large values.
+    On a checkpoint of latent width 256, blocks halve the error at g = 2 against dealing column by column.
     """
     rest = list(range(shared_dims, latent_dim))
     per_group = -(-len(rest) // groups)
@@ -164,7 +164,7 @@ def maps_from_basis(basis: Basis, covariance: torch.Tensor, columns: list[list[i
         z[:, :used] = basis.forward[:, picked]
         b[:used] = basis.inverse[picked]
         b[:shared_dims] /= groups
-        # all columns kept: the inverse is known, and exact where a regression would round
+        # If all columns are kept, the inverse is known exactly; a regression would round.
         a[:used] = basis.inverse if used == latent_dim else regression(z[:, :used], covariance)
         maps.append((z, a, b))
     return maps
@@ -173,13 +173,13 @@ def maps_from_basis(basis: Basis, covariance: torch.Tensor, columns: list[list[i
 def regression(z: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
     """Return the linear map [w, d] that best predicts the centred latent from the slice z = c Z; Z is [d, w].
 
-    A column that never varies predicts nothing: its row is close to zero.
+    A column that never varies predicts nothing, so its row is close to zero.
     """
     cross = z.T @ covariance  # [w, d]
     gram = cross @ z
     gram = (gram + gram.T) / 2
-    # What rounding leaves of no variance, with either sign, must not count: a column that never varied would get a row
-    # of any size, and that is what text with a little of it would be served with.
+    # Rounding makes a small variance of either sign out of none. Without this ridge, a column that never varied could
+    # get a row of any size, and text in which the column varies a little would be served with that row.
     rounding = torch.finfo(gram.dtype).eps * covariance.diagonal().abs().sum() * z.square().sum(0).max()
     ridge = torch.maximum(gram.diagonal().mean() * _RELATIVE_FLOOR, rounding)
     if ridge == 0:  # no latent varies at all

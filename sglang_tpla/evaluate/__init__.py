@@ -1,1 +1,1 @@
-"""Evaluation: how far TPLA decoding is from plain MLA, where, and because of which layers."""
+"""Evaluation measures how far TPLA decoding is from plain MLA, where, and because of which layers."""

@@ -50,11 +50,11 @@ from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 ERRORS = (ArtifactError, CheckpointError, CorpusError, StatisticsError, EndpointError, OutputError, OSError)
 
 POSITIONS = 16
-PAPER_TOKENS = 16384  # of calibration text, or what there is, for the principal components of the paper's recipe
+PAPER_TOKENS = 16384  # calibration text for the principal components of the paper's recipe, or all if there is less
 
 
 def _at_least(least: int) -> Callable[[str], int]:
-    """Return the type of a flag: a whole number that is not below ``least``."""
+    """Return a flag's type: it accepts whole numbers that are not below ``least``."""
 
     def number(text: str) -> int:
         with contextlib.suppress(ValueError):
@@ -165,7 +165,7 @@ def evaluate(arguments: argparse.Namespace) -> Evaluation:
     text = read_text(plan, checkpoint)
     if not len(text.held_out):
         raise CorpusError("expected --tokens to be at least 1, got 0")
-    # documents are made before anything is measured, so that lengths that hold none are said at once
+    # Make documents before measuring anything, so that lengths without room for one are refused at once.
     hidden, tasks = _needles(checkpoint.path, plan, arguments), _tasks(checkpoint.path, plan, arguments)
     model = PlainModel(checkpoint, torch.float32, arguments.device)
     sliced = model_maps(artifact, model)
@@ -213,7 +213,7 @@ def cache_bytes(meta: ArtifactMeta) -> int:
 
 
 def _paper(model: PlainModel, plan: TextPlan, groups: int, quiet: bool) -> list[LayerMaps]:
-    """Make maps by the paper's recipe, from moments over a little calibration text."""
+    """Return maps by the paper's recipe, from moments over a little calibration text."""
     little = replace(plan, calibration_tokens=None, usual_calibration_tokens=PAPER_TOKENS, held_out_tokens=0)
     text = read_text(little, model.checkpoint)
     return paper_layers(model, collect_statistics(model, text, plan.seed, show_progress=not quiet), groups)
@@ -319,7 +319,7 @@ def _endpoints(arguments: argparse.Namespace) -> int:
         raise EndpointError("expected both --stock-url and --tpla-url, got one of them")
     tasks = _endpoint_recall(arguments)
     _, held_out = Corpus.from_paths(arguments.corpus).split(arguments.seed or 0)
-    # some 2,000 characters of text are some 500 tokens
+    # About 2,000 characters of text are about 500 tokens.
     prompts = [document.text[:2000] for document in held_out if len(document.text) >= 2000][: arguments.prompts]
     if not prompts:
         raise CorpusError("expected held-out documents of 2,000 characters or more, found none")

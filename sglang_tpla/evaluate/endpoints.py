@@ -1,9 +1,9 @@
 """Compare two live servers, stock and TPLA, through SGLang's native ``/generate`` API.
 
-Each prompt is continued greedily by both with the top log-probabilities of every token. While the answers are
-the same, the distributions at one position have the same context and are compared; the first different token
-ends the comparison of that prompt. KL is estimated over the stock server's top tokens that both list, with
-what is left over as one more outcome, so it is a lower bound that more `TOP_TOKENS` would tighten.
+Both servers continue each prompt greedily and return the top log-probabilities of every token. As long as the answers
+are the same, the distributions at one position have the same context and are compared; the first different token ends
+the comparison of that prompt. KL is estimated over the stock server's top tokens that both servers list, with the
+remaining probability as one more outcome, so the estimate is a lower bound that more `TOP_TOKENS` would tighten.
 """
 
 import math
@@ -15,19 +15,20 @@ import httpx
 
 from sglang_tpla.errors import SglangTplaError
 
-TIMEOUT_S = 300.0  # of one answer
+TIMEOUT_S = 300.0  # for one answer
 TOP_TOKENS = 20
 
 
 class EndpointError(SglangTplaError, RuntimeError):
-    """A server that did not answer as expected: which, what came, what to do."""
+    """A server did not answer as expected; the message says which server, what came, and what to do."""
 
 
 @dataclass(frozen=True)
 class PromptComparison:
-    """One prompt: tokens compared before the answers part (or end), and the errors over them.
+    """One prompt: the tokens compared before the answers part (or end), and the errors over them.
 
-    ``departed`` is whether they parted. The token at which they part still had the same context and counts.
+    ``departed`` says whether the answers parted. The token at which they part still had the same context, so the errors
+    include it.
     """
 
     agreement_tokens: int
@@ -82,7 +83,7 @@ def compare_steps(stock: Sequence[Step], tpla: Sequence[Step]) -> PromptComparis
 
 
 def partial_kl(reference: dict[int, float], found: dict[int, float]) -> float:
-    """Return the KL over the listed tokens that both have and one outcome for everything else; it is at least 0."""
+    """Return the KL, at least 0, over the tokens that both list and one outcome for everything else."""
     common = reference.keys() & found.keys()
     total = sum(math.exp(reference[token]) * (reference[token] - found[token]) for token in common)
     rest_p = max(1.0 - sum(math.exp(reference[token]) for token in common), 1e-12)
@@ -91,7 +92,7 @@ def partial_kl(reference: dict[int, float], found: dict[int, float]) -> float:
 
 
 def ask(client: httpx.Client, url: str, body: dict[str, Any], new_tokens: int, **sampling: object) -> dict[str, Any]:
-    """Have a server answer greedily, with log-probabilities. Return the answer's ``meta_info``.
+    """Have a server answer greedily, with log-probabilities, and return the answer's ``meta_info``.
 
     Raises:
         EndpointError: the server is not there, refuses, or answers something else.
@@ -112,7 +113,7 @@ def ask(client: httpx.Client, url: str, body: dict[str, Any], new_tokens: int, *
 
 
 def unusable(url: str, error: Exception) -> EndpointError:
-    """Return the error for an answer that lacks what was asked for."""
+    """Return the error for an answer without usable log-probabilities."""
     return EndpointError(f"{url} answered without usable log-probabilities ({error!r}); expected SGLang's /generate")
 
 

@@ -1,9 +1,8 @@
 """Plain MLA's own continuations, greedy or sampled, and how TPLA follows them.
 
-Long answers are measured on text that the model wrote itself: plain MLA continues a prompt token by token,
-then one teacher-forced pass through the slices gives TPLA's distribution at every position. As long as both
-agree on the greedy token, TPLA would have written the same; the first disagreement is where a greedy TPLA
-answer departs.
+Long answers are measured on text that the model wrote itself: plain MLA continues a prompt token by token, then one
+teacher-forced pass through the slices gives TPLA's distribution at every position. As long as both agree on the greedy
+token, TPLA would have written the same text; at the first disagreement, a greedy TPLA answer departs.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ def generate(
     seed: int = 0,
     progress: Callable[[int], object] = lambda done: None,
 ) -> torch.Tensor:
-    """Continue prompts [B, P] with plain MLA. Return [B, P + new_tokens]."""
+    """Continue prompts [B, P] with plain MLA, and return [B, P + new_tokens]."""
     generator = torch.Generator(device=model.device).manual_seed(seed)
     tokens = prompts.to(model.device)
     hidden, cache = model.prefill(tokens)
@@ -49,10 +48,10 @@ def long_answers(
     temperature: float = 0.0,
     progress: Callable[[int], object] = lambda done: None,
 ) -> tuple[DecodeErrors, tuple[int, ...]]:
-    """Measure along plain MLA's continuations of prompts [B, P], and where a greedy TPLA answer would first depart.
+    """Measure along plain MLA's continuations of prompts [B, P], and find where a greedy TPLA answer would depart.
 
     Returns:
-        the errors, and for each sequence the tokens before the first different choice (all of them when none differs).
+        The errors, and for each sequence the number of tokens before the first different choice (all if none differs).
     """
     text = generate(model, prompts, new_tokens, temperature=temperature, progress=progress)
     (errors,) = measure(model, text, [list(maps)], prompts.shape[1])

@@ -1,8 +1,8 @@
-"""Which layers and heads cause the error.
+"""Attribute the error to layers and heads.
 
-``layer_errors``: the relative squared error of one layer's attention output, whole and head by head, on exact
-inputs. ``kl_alone``: the KL a token when only one layer decodes through slices and the rest are exact; the
-sum over layers is close to the whole, so it says where width would be best spent.
+``layer_errors`` gives the relative squared error of one layer's attention output, whole and head by head, on exact
+inputs. ``kl_alone`` gives the KL a token when only one layer decodes through slices and the rest are exact; the sum
+over layers is close to the whole model's KL, so this shows where width would be best spent.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,8 @@ def layer_errors(
 ) -> list[tuple[float, tuple[float, ...]]]:
     """Measure every layer at ``queries`` sampled positions of each sequence of tokens [N, S].
 
-    Return its relative squared error, of its output and of each head's share of it [H].
+    Returns:
+        For each layer the relative squared error of its output, and that of each head's share of it [H].
     """
     return [
         _layer_error(layer, model.layers[layer].attention, inputs, maps[layer], first_query, queries)
@@ -50,7 +51,7 @@ def _layer_error(
         wrong = head_outputs(found, attention) - target
         for place, value in enumerate((wrong, target)):
             whole[place] += (value @ attention.o.T).double().pow(2).sum().cpu()
-            # [B, Q, H, hidden] would be large: the norm goes through each head's Gram matrix instead
+            # [B, Q, H, hidden] would be large, so compute the norm through each head's Gram matrix instead.
             split = value.unflatten(-1, (spec.heads, spec.value_dim))
             gram = torch.einsum("ohv,ohu->hvu", per_head, per_head)
             heads[place] += torch.einsum("bqhv,hvu,bqhu->h", split, gram, split).double().cpu()
@@ -59,7 +60,7 @@ def _layer_error(
 
 
 def _sliced_context(batch: Batch, maps: LayerMaps, rope: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return the attended latents through the slices, the sum over the groups [B, H, Q, d]."""
+    """Return the latents [B, H, Q, d] attended through the slices, summed over the groups."""
     found = torch.zeros_like(batch.absorbed)
     if isinstance(maps, SketchedMaps):
         for view in maps.views(batch.latent, batch.k_rope):

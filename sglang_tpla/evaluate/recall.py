@@ -1,8 +1,8 @@
-"""Questions answered by plain MLA, by the paper's recipe and by an artifact, on documents of ``recall_tasks``.
+"""Ask plain MLA, the paper's recipe and an artifact questions about documents of ``recall_tasks``.
 
 In one process a document's prompt is computed once, exactly; its questions and answers are then decoded by teacher
-forcing through each method. Between two live deployments every question is a request of its own: the prompt with the
-questions and answers before it, answered greedily.
+forcing through each method. Between two live deployments every question is a separate request: the prompt with the
+earlier questions and answers, answered greedily.
 """
 
 import random
@@ -21,10 +21,11 @@ PLAIN = "plain MLA"
 
 
 class RecallRow(msgspec.Struct, frozen=True):
-    """One method on the documents of one kind and length.
+    """One method's results on the documents of one kind and length.
 
-    ``answered``: questions with every token of the answer first. ``kept``: those of them that plain MLA answers, of
-    ``plain`` that it does. ``tokens_right``: tokens of answers that are first, of ``tokens``.
+    ``answered`` counts questions for which every token of the answer is the most likely one. ``plain`` counts the
+    questions that plain MLA answers, and ``kept`` those of them that the method answers too. ``tokens_right`` counts
+    the most likely ones among all ``tokens`` of answers.
     """
 
     method: str
@@ -67,7 +68,7 @@ def first_tokens(
         found[name] = []
         for place in document.answer_places():
             wanted = tokens[0, place.start : place.stop]
-            # the token before says what comes; the first decoded position is the first question's first token
+            # The state before a token predicts it; states[0] is that of the first question's first token.
             chosen = model.logits(states[place.start - prompt - 1 : place.stop - prompt - 1]).argmax(-1)
             found[name].append((chosen == wanted).tolist())
     return found

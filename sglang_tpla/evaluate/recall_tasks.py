@@ -1,4 +1,4 @@
-"""Documents that plant facts in a text and ask for them at its end, where a rank that sees only part of a score errs.
+"""Documents with facts planted in a text and questions at its end; a rank that sees only part of a score errs there.
 
 A document is filler (lines of real text) with planted facts, then ``# checks``, then questions with their answers:
 
@@ -7,8 +7,8 @@ A document is filler (lines of real text) with planted facts, then ``# checks``,
     many     SETTINGS["brave_otter"] = "58231"                assert SETTINGS["brave_otter"] == "
     table    TABLE = {\\n    "brave_otter": "58231",\\n ...     assert TABLE["brave_otter"] == "
 
-Needles are few and far between, the others many and alike. The prompt, up to ``# checks``, is computed by plain MLA;
-questions and answers are decoded, so that every look-up happens in decode.
+Needles are few and far between; the facts of other kinds are many and alike. Plain MLA computes the prompt, up to
+``# checks``; questions and answers are decoded, so that every look-up happens in decode.
 """
 
 import random
@@ -36,14 +36,14 @@ _SECOND = """
     tower valley wolf
 """.split()  # noqa: SIM905
 _MOST_QUESTIONS = 24
-# (facts at least, at most) of a document that has room for them, and tokens of filler that each is given at least
+# The least and the most facts of a document that has room for them, and the least tokens for each fact.
 _FACTS = {"needle": (2, 12), "table": (8, 60), "calls": (4, 40), "many": (10, 60)}
 _TOKENS_A_FACT = 60
 
 
 @dataclass(frozen=True)
 class TaskDocument:
-    """A prompt, and questions with their answers, all in tokens; joined in order they are the document."""
+    """A prompt and questions with their answers, all in tokens; joined in order, they are the document."""
 
     kind: str
     length: int
@@ -76,7 +76,7 @@ def make_document(
         kind: one of ``KINDS``.
 
     Raises:
-        CorpusError: too little filler, or a length that holds no question.
+        CorpusError: the filler is too short, or the length has no room for a question.
     """
     if kind not in KINDS:
         raise CorpusError(f"expected a kind of document among {', '.join(KINDS)}, got {kind!r}")
@@ -96,7 +96,7 @@ def make_document(
     places = [rng.randrange(ends)] * len(facts) if kind == "table" else [rng.randrange(ends) for _ in facts]
     for place, fact in sorted(zip(places, range(len(facts)), strict=True), reverse=True):
         lines.insert(place, facts[fact])
-    # joined text may tokenise into a few tokens more than its lines did
+    # The joined text may give a few more tokens than its lines did.
     prompt = tokenizer("\n".join(lines))
     return TaskDocument(kind, length, (*prompt, *ending), sized_questions)
 

@@ -30,7 +30,7 @@ class Bin(msgspec.Struct, frozen=True):
 
 
 class LayerRow(msgspec.Struct, frozen=True):
-    """One layer: relative squared output error, by head, and KL a token when only this layer is sliced."""
+    """One layer: the relative squared output error, whole and by head, and the KL a token if only it is sliced."""
 
     layer: int
     width: int
@@ -50,7 +50,7 @@ class LongRow(msgspec.Struct, frozen=True):
 
 
 class Evaluation(msgspec.Struct, frozen=True):
-    """Everything measured of one artifact; ``layers`` always with exact slices, the rest in ``cache_dtype``."""
+    """All measurements of one artifact: ``layers`` always with exact slices, the others in ``cache_dtype``."""
 
     model_name: str
     artifact_hash: str
@@ -74,7 +74,7 @@ class Evaluation(msgspec.Struct, frozen=True):
 
 
 def outputs(folder: Path, *, live: bool) -> list[Output]:
-    """Return the files that the command will write: of two live servers, or of an artifact."""
+    """Return the files that the command will write for two live servers (``live``), or for an artifact."""
 
     def named(name: str, begin: str) -> Output:
         return Output("--out", folder / name, "an earlier result of this command", begins_with(begin))
@@ -95,13 +95,13 @@ def write(evaluation: Evaluation, folder: Path) -> tuple[Path, Path]:
 
 
 def write_json(result: object, path: Path) -> None:
-    """Write a result to be read by people, too."""
+    """Write a result as JSON that people can read, too."""
     with replace_into(path) as temporary:
         Path(temporary).write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))
 
 
 def summary(evaluation: Evaluation) -> str:
-    """Describe an evaluation in a few lines for the terminal."""
+    """Return a few lines for the terminal that describe an evaluation."""
     report = evaluation.report
     worst = max(evaluation.layers, key=lambda row: row.kl_alone, default=None)
     lines = [

@@ -1,9 +1,9 @@
-"""Retrieval from a long prompt: an identifier is planted at a depth, and asked for at the end.
+"""Retrieval from a long prompt: a value is planted at some depth, and a question at the end asks for it.
 
     filler ... `token_7f3a = "qk81zd"` ... filler ... `assert token_7f3a == "`  ->  qk81zd"
 
-The prompt is exact; only the answer is decoded through slices, which is where a sliced score would lose the
-needle. Plain MLA's own success is reported beside, since a small model may not retrieve at all.
+The prompt is exact; only the answer is decoded through slices, and there a sliced score would lose the needle. Plain
+MLA's success is reported as well, since a small model may not retrieve at all.
 """
 
 import random
@@ -24,7 +24,7 @@ _DEPTHS = (0.1, 0.5, 0.9)
 
 @dataclass(frozen=True)
 class Needle:
-    """One case: tokens of prompt and answer, and where the needle lies (0 start, 1 end)."""
+    """One case: the tokens of prompt and answer, and the needle's depth (0 start, 1 end)."""
 
     depth: float
     prompt_tokens: int
@@ -32,7 +32,7 @@ class Needle:
 
 
 class NeedleRow(msgspec.Struct, frozen=True):
-    """The cases of one length and depth: shares of whole answers right, and KL a token of the answer."""
+    """The cases of one length and depth: the shares of right answers, and the KL a token of the answers."""
 
     prompt_tokens: int
     depth: float
@@ -47,7 +47,7 @@ def make_needle(tokenizer: Tokenizer, filler: Sequence[int], length: int, depth:
     """Make a prompt of ``length`` filler tokens with one planted assignment, and its answer.
 
     Raises:
-        CorpusError: too little filler, or a length that holds no needle.
+        CorpusError: the filler is too short, or the length has no room for a needle.
     """
     rng = random.Random(seed)
     name = "token_" + "".join(rng.choices(_LETTERS, k=4))
@@ -70,7 +70,11 @@ def make_needle(tokenizer: Tokenizer, filler: Sequence[int], length: int, depth:
 def needles(
     tokenizer: Tokenizer, filler: Sequence[int], lengths: Sequence[int], cases: int, seed: int
 ) -> list[list[Needle]]:
-    """Make ``cases`` needles for each length and depth; CorpusError where a length does not allow them."""
+    """Make ``cases`` needles for each length and depth.
+
+    Raises:
+        CorpusError: the filler is too short, or a length has no room for a needle.
+    """
     return [
         [make_needle(tokenizer, filler, length, depth, seed * 7919 + case) for case in range(cases)]
         for length in lengths
@@ -91,7 +95,7 @@ def retrieval(
         kl: list[torch.Tensor] = []
         same: list[torch.Tensor] = []
         for needle in same_place:
-            prompt = needle.prompt_tokens - 1  # the question's last token asks for the answer's first
+            prompt = needle.prompt_tokens - 1  # the question's last token predicts the answer's first
             whole = needle.tokens[None, :-1]
             expected = needle.tokens[prompt + 1 :]
             (errors,) = measure(model, whole, [list(maps)], prompt)

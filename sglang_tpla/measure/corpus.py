@@ -1,7 +1,7 @@
 """Text for calibration and measurement: files, a seeded disjoint split, and token sequences.
 
 The default corpus is the source of Python's standard library, so calibration works wherever Python does. A document is
-a file, or a piece of some 32 KiB of one when there are few files. The seed and the documents' names decide which
+a file, or a piece of about 32 KiB of a file if there are few files. The seed and the documents' names decide which
 quarter of the documents is held out. Missing files, too little text and a missing tokenizer raise `CorpusError`.
 """
 
@@ -24,12 +24,12 @@ HELD_OUT_SHARE = 0.25
 _PIECE_CHARS = 32768
 _FEW_FILES = 16
 _LARGEST_FILE_BYTES = 4 << 20
-# Tables and tests are unlike other code, and distributions leave the tests out.
+# Tables and tests are unlike other code, and distributions omit the tests.
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "encodings", "pydoc_data"}
 
 
 class CorpusError(SglangTplaError, ValueError):
-    """Text that cannot be used; the message says what was expected, what came, where, and what to do."""
+    """Text cannot be used; the message says what was expected, what came, where, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Corpus:
 
     @classmethod
     def from_paths(cls, paths: Sequence[str | Path] = ()) -> Corpus:
-        """Read files and folders, or the standard library where none are given.
+        """Read files and folders, or the standard library if none are given.
 
-        What is no text is left out of a folder. A file that is given itself is read whatever its size.
+        Files of a folder that are not text are skipped. A file that is named itself is read whatever its size.
 
         Raises:
-            CorpusError: a path that is not there, a given file that is no text, or no text at all.
+            CorpusError: a path does not exist, a named file is not text, or there is no text at all.
         """
         given: set[Path] = set()
         if not paths:
@@ -132,7 +132,7 @@ def sequences(
 
 
 def load_tokenizer(model_path: str | Path) -> Tokenizer:
-    """Load the model's tokenizer, which then adds no special tokens."""
+    """Load the model's tokenizer, which adds no special tokens."""
     path = Path(model_path) / "tokenizer.json"
     if path.is_file():
         from tokenizers import Tokenizer as FastTokenizer  # type: ignore[import-untyped]
@@ -152,12 +152,12 @@ def load_tokenizer(model_path: str | Path) -> Tokenizer:
 
 
 def _utf8(name: str) -> str:
-    """Return a name of bytes that are not UTF-8 with these bytes written out, so that it can be hashed and stored."""
+    """Return a name with bytes that are not UTF-8 written as escapes, so that the name can be hashed and stored."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _once(files: Sequence[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
-    """Return each file once, under its first name: read twice, it could be in the calibration and held out of it."""
+    """Return each file once, under its first name: a file read twice could be both calibration and held-out text."""
     found: dict[tuple[int, int], tuple[Path, Path]] = {}
     for path, name in files:
         status = path.stat()
@@ -179,10 +179,10 @@ def _read(files: Sequence[tuple[Path, Path]], given: Set[Path]) -> Iterator[Docu
 
 
 def _text(path: Path) -> str | None:
-    """Return a file's text, or None where it is none."""
+    """Return a file's text, or None if the file is not text."""
     with path.open("rb") as file:
         if b"\0" in file.read(_PIECE_CHARS):
-            return None  # weights beside a text may be larger than the memory
+            return None  # do not read weights in the same folder: they may be larger than memory
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -193,7 +193,7 @@ def _text(path: Path) -> str | None:
 def _pieces(document: Document) -> Iterator[Document]:
     lines, size, number = [], 0, 0
     whole = document.text.splitlines(keepends=True)
-    # text without line ends is divided as well
+    # Cut long lines, so that text without line ends is divided as well.
     for line in (long[at : at + _PIECE_CHARS] for long in whole for at in range(0, len(long), _PIECE_CHARS)):
         lines.append(line)
         size += len(line)

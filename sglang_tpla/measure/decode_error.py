@@ -42,7 +42,7 @@ class DecodeErrors:
         """Return the figures.
 
         Raises:
-            ArtifactError: figures that are not finite, which no artifact can hold.
+            ArtifactError: the figures are not finite, and no artifact can hold such figures.
         """
         if not bool(torch.isfinite(self.kl).all()):
             raise ArtifactError(
@@ -101,7 +101,7 @@ def measure(
     Plain MLA runs once for all candidates. ``progress`` gets the number of tokens done.
 
     Raises:
-        ValueError: no continuation after the prompt.
+        ValueError: no continuation follows the prompt.
     """
     if not 0 <= prompt_tokens < tokens.shape[1]:
         raise ValueError(f"expected a prompt shorter than the {tokens.shape[1]} tokens, got {prompt_tokens}")
@@ -110,7 +110,7 @@ def measure(
         part = tokens[start : start + batch].to(model.device)
         exact, cache = model.prefill(part)
         reference = model.logits(exact[:, prompt_tokens:]).float().log_softmax(-1)
-        # plain MLA and every candidate share the prompt
+        # Plain MLA and every candidate share the prompt.
         past = [LayerCache(layer.latent[:, :prompt_tokens], layer.k_rope[:, :prompt_tokens]) for layer in cache]
         following = part[:, prompt_tokens + 1 :]
         for index, maps in enumerate(candidates):

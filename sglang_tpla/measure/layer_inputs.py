@@ -1,6 +1,6 @@
 """The inputs for learning a layer's maps: exact latents and queries on calibration text, and sliced attention.
 
-Sliced attention takes a few sampled queries and is absorbed, as in the decode kernels.
+Sliced attention takes a few sampled queries and uses absorbed weights, as the decode kernels do.
 Shapes: S tokens, H heads, d latent, n nope, e rope, g groups, w slice width, Q sampled queries of B sequences.
 """
 
@@ -43,7 +43,7 @@ def sample(
     queries: int,
     first_query: int,
 ) -> Batch:
-    """Draw sequences, and positions of their queries from ``first_query`` (or the last token) on, at random."""
+    """Draw random sequences, and random positions of their queries from ``first_query`` (or the last token) on."""
     count, tokens = inputs.latent.shape[:2]
     device = inputs.latent.device
     picked = torch.randint(count, (sequences,), generator=generator).to(device)
@@ -66,8 +66,8 @@ def batch_of(attention: Attention, inputs: AttentionInputs, picked: torch.Tensor
 def walk(model: PlainModel, tokens: torch.Tensor) -> Iterator[tuple[int, AttentionInputs]]:
     """Yield the exact attention inputs of one layer after the other for tokens [N, S].
 
-    It holds the hidden states of the text and the inputs of one layer; a model that reads layers on request then needs
-    the weights of one.
+    Memory holds the hidden states of the text and the inputs of one layer, and the weights of one layer if the model
+    reads layers on request.
     """
     with torch.no_grad():
         hidden = [model.embedding[part.to(model.device)] for part in tokens.split(4)]
@@ -91,7 +91,7 @@ def exact_context(
     key: torch.Tensor | None = None,
     value: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return attended latents p c of exact attention, [B, H, Q, d], with other keys or values [B, S, d] where given."""
+    """Return attended latents p c of exact attention, [B, H, Q, d], with other keys or values [B, S, d] if given."""
     keys, values = ((batch.latent if given is None else given)[:, None] for given in (key, value))
     scores = scale * (batch.absorbed @ keys.transpose(-1, -2)) + rope_scores
     return scores.softmax(-1) @ values

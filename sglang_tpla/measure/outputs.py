@@ -1,6 +1,6 @@
-"""The files that a command is told to write, checked before its work: none is an input, and each can be made.
+"""Check the files that a command is told to write before its work: none may be an input, and each must be possible.
 
-A wrong name would cost weights or statistics that nothing brings back, or is noticed after minutes.
+A wrong name could otherwise overwrite weights or statistics for good, or fail only after minutes.
 """
 
 import os
@@ -16,7 +16,7 @@ from sglang_tpla.errors import SglangTplaError
 
 
 class OutputError(SglangTplaError, ValueError):
-    """A file that must not or cannot be written; the message says what was expected, what came, where, what to do."""
+    """A file must not or cannot be written; the message says what was expected, what came, where, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Output:
     Args:
         flag: the flag that names it.
         path: the file.
-        kind: what it will hold, for messages.
-        is_kind: whether a file that exists holds that, so that another may take its place.
+        kind: the kind of its content, for messages.
+        is_kind: returns whether an existing file is of that kind, so that the new file may replace it.
     """
 
     flag: str
@@ -43,15 +43,15 @@ class Output:
 def check_outputs(
     outputs: Sequence[Output], inputs: Mapping[str, Iterable[str | Path]], model: str | Path | None = None
 ) -> None:
-    """Refuse to write over what is read or was not made by the command, and what cannot be written.
+    """Refuse outputs that would overwrite an input or a file of another kind, and outputs that cannot be written.
 
     Args:
         outputs: the files to write.
-        inputs: what is read, files and folders, by the flag that names it.
-        model: the checkpoint's folder, in which a safetensors file more would count as weights.
+        inputs: the files and folders that are read, by the flag that names them.
+        model: the checkpoint's folder, in which another safetensors file would count as weights.
 
     Raises:
-        OutputError: the first file that must not or cannot be written.
+        OutputError: a file must not or cannot be written; the message names the first one.
     """
     read = {_identity(file): flag for flag, paths in inputs.items() for path in paths for file in _files(Path(path))}
     if model is not None:
@@ -77,13 +77,13 @@ def _files(path: Path) -> Iterable[Path]:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """Return what two names of one file have in common, links included."""
+    """Return a value that is equal for all names of one file, links included."""
     status = path.stat()
     return status.st_dev, status.st_ino
 
 
 def _check_possible(output: Output) -> None:
-    """Make a file beside the output as its writer will, and take away all that this made."""
+    """Make a file in the output's folder as its writer will, and remove all files and folders made here."""
     folder, made = output.path.parent, []
     try:
         made = [part for part in (folder, *folder.parents) if not part.exists()]
@@ -100,17 +100,17 @@ def _check_possible(output: Output) -> None:
 
 
 def is_artifact(path: Path) -> bool:
-    """Whether a file is an artifact, of any format version."""
+    """Return whether a file is an artifact, of any format version."""
     return {"format_version", "created_by", "groups"} <= _metadata(path).keys()
 
 
 def is_statistics(path: Path) -> bool:
-    """Whether a file holds second moments."""
+    """Return whether a file holds second moments."""
     return '"corpus_hash"' in _metadata(path).get("meta", "")
 
 
 def begins_with(text: str) -> Callable[[Path], bool]:
-    """Return the test for files that begin with a text."""
+    """Return a function that tests whether a file begins with ``text``."""
 
     def test(path: Path) -> bool:
         with path.open("rb") as file:

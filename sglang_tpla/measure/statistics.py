@@ -1,4 +1,4 @@
-"""Streamed second moments of latents and queries, a layer at a time; closed-form maps need nothing else.
+"""Streamed second moments of latents and queries, layer by layer; closed-form maps need nothing else.
 
 Per layer, in float64 (d latent dims, H heads, n nope dims a head):
 
@@ -6,7 +6,7 @@ Per layer, in float64 (d latent dims, H heads, n nope dims a head):
     latent_sum     [d]      sum of c = RMSNorm(latent)
     latent_outer   [d, d]   sum of c^T c
     query_count             queries
-    query_outer    [H, n, n] sum of q^T q of the queries' nope part, each head by itself
+    query_outer    [H, n, n] sum of q^T q of the queries' nope part, for each head separately
 
 Absorbed queries are q W_UK, so their second moment [d, d] follows from ``query_outer`` and kv_b_proj. Memory does not
 grow with the text, and the moments of two servers or ranks may be added. A damaged file, moments of different models
@@ -35,7 +35,7 @@ FORMAT_VERSION = 1
 
 
 class StatisticsError(SglangTplaError, ValueError):
-    """Statistics that cannot be used; the message says what was expected, what came, where, and what to do."""
+    """Statistics cannot be used; the message says what was expected, what came, where, and what to do."""
 
 
 @dataclass
@@ -73,7 +73,7 @@ class LayerMoments:
 
     @property
     def finite(self) -> bool:
-        """Whether every sum is finite; one NaN in the model is enough that none is."""
+        """Whether every sum is finite; a single NaN in the model can make all of them NaN."""
         return all(bool(torch.isfinite(getattr(self, name)).all()) for name in _SUMS)
 
     @property
@@ -88,11 +88,11 @@ class LayerMoments:
 
     @property
     def reached(self) -> int:
-        """The number of the latent's directions that the tokens reached; of the others the moments say nothing."""
+        """The number of the latent's directions that the tokens reached; the moments say nothing about the others."""
         return int(torch.linalg.matrix_rank(self.latent_outer, hermitian=True))
 
     def absorbed_queries(self, w_uk: torch.Tensor) -> torch.Tensor:
-        """Return the second moment of absorbed queries [d, d], a mean over heads and queries; ``w_uk`` is [H, n, d]."""
+        """Return the mean second moment of absorbed queries [d, d] over heads and queries; ``w_uk`` is [H, n, d]."""
         w = w_uk.double()
         total = torch.einsum("hnd,hnm,hme->de", w, self.query_outer.to(w.device), w)
         return total / max(self.query_count * w.shape[0], 1)
@@ -125,7 +125,7 @@ class Statistics:
         return int(min(layer.latent_count for layer in self.layers))
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file (float64), the whole of it or nothing."""
+        """Write one safetensors file (float64), the whole file or nothing."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, torch.Tensor] = {}
@@ -173,7 +173,7 @@ class Statistics:
 
 
 def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each sum and count, of which layer 0's sizes decide all."""
+    """Return the shape of each sum and count; layer 0's sizes decide them for all layers."""
     latent = tensors["layers.0.latent_sum"].numel()
     heads, nope = (*tensors["layers.0.query_outer"].shape, 0, 0)[:2]
     sums = dict(zip(_SUMS, ((latent,), (latent, latent), (heads, nope, nope)), strict=True))
@@ -224,7 +224,7 @@ def combine(parts: Sequence[Statistics]) -> Statistics:
     whole = ordered[0]
     for part in ordered[1:]:
         for ours, theirs in zip(whole.layers, part.layers, strict=True):
-            # only means over queries count, because ranks may have sampled different numbers of queries
+            # Scale to the same count, since only means over queries matter: ranks may have sampled different numbers.
             ratio = ours.query_count / max(theirs.query_count, 1)
             ours.query_outer = torch.cat([ours.query_outer, theirs.query_outer * ratio])
     return whole
@@ -233,10 +233,10 @@ def combine(parts: Sequence[Statistics]) -> Statistics:
 def collect(
     model: PlainModel, batches: Sequence[torch.Tensor], progress: Callable[[int], object] = lambda done: None
 ) -> list[LayerMoments]:
-    """Stream the moments of every layer over token batches [B, S]; ``progress`` gets the number of tokens done.
+    """Collect the moments of every layer over token batches [B, S]; ``progress`` gets the number of tokens done.
 
-    A model that keeps one layer in memory at a time runs layer by layer, with the hidden states of the whole text in
-    memory instead of the weights.
+    A model that keeps one layer in memory at a time runs layer by layer, and holds the hidden states of the whole text
+    in memory instead of the weights.
     """
     spec = model.spec
     moments = [

@@ -13,7 +13,7 @@ from sglang_tpla.reference_model.config_file import separator, whole
 from sglang_tpla.reference_model.forward import PlainModel
 
 CALIBRATION_TOKENS, HELD_OUT_TOKENS = 131072, 8192
-LARGEST_SEED = 2**32 - 1  # generators take 64 bits, and learning a seed for each layer that is a million times as large
+LARGEST_SEED = 2**32 - 1  # learning makes seeds a million times as large, and generators take 64 bits
 SKETCHED_CALIBRATION_TOKENS = 65536  # closed-form maps need no more
 
 
@@ -21,10 +21,11 @@ SKETCHED_CALIBRATION_TOKENS = 65536  # closed-form maps need no more
 class TextPlan:
     """The choice of a text, its amount and its division into sequences.
 
-    The text must have a given number of tokens; None takes the usual number, or all tokens if there are fewer.
+    If a number of tokens is given, the text must have that many; None takes the usual number, or all tokens if there
+    are fewer.
 
     Raises:
-        CorpusError: a count that is not positive, or a seed out of range.
+        CorpusError: a count is not positive, or the seed is out of range.
     """
 
     corpus: tuple[str, ...] = ()
@@ -49,10 +50,10 @@ class TextPlan:
         """Check that errors can be measured on the text: the last token of a sequence has no next one to compare with.
 
         Args:
-            instead: what else there is to do, for the message.
+            instead: an alternative for the user, for the message.
 
         Raises:
-            CorpusError: continuations of one token.
+            CorpusError: continuations have one token.
         """
         if self.continuation_tokens < 2:
             raise CorpusError(
@@ -79,7 +80,7 @@ class Text:
 def read_text(plan: TextPlan, checkpoint: Checkpoint) -> Text:
     """Read, split and tokenise the text of a plan.
 
-    ``held_out_tokens`` counts continuation tokens, the ones that are measured.
+    ``held_out_tokens`` counts continuation tokens, because only they are measured.
 
     Raises:
         CorpusError: too little text, or no tokenizer.

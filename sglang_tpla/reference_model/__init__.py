@@ -1,1 +1,1 @@
-"""DeepSeek's model in plain PyTorch: calibration and evaluation run this reference."""
+"""DeepSeek's model in plain PyTorch, the reference that calibration and evaluation run."""

@@ -1,9 +1,10 @@
 """Read a Hugging Face checkpoint directory tensor by tensor: one file or a sharded index, plain or block-FP8.
 
-A tensor is loaded only on request, so a 671-billion-parameter checkpoint costs one tensor at a time. DeepSeek ships
-block-FP8: ``X.weight`` in float8_e4m3fn [out, in] beside ``X.weight_scale_inv`` [ceil(out/128), ceil(in/128)] in
-float32; the value is the stored number times its block's scale. A missing or unreadable file, a missing tensor or
-scale, weights quantised in another way, and a model without multi-head latent attention raise `CheckpointError`.
+A tensor is loaded only on request, so reading a 671-billion-parameter checkpoint takes the memory of one tensor at a
+time. DeepSeek ships block-FP8: ``X.weight`` in float8_e4m3fn [out, in] with ``X.weight_scale_inv`` [ceil(out/128),
+ceil(in/128)] in float32; the value is the stored number times its block's scale. A missing or unreadable file, a
+missing tensor or scale, weights quantised in another way, and a model without multi-head latent attention raise
+`CheckpointError`.
 """
 
 import json
@@ -60,7 +61,7 @@ class Checkpoint:
 
     def _find_prefix(self) -> str:
         found = sorted(name[: -len(_ATTENTION_PROBE)] for name in self._files if name.endswith(_ATTENTION_PROBE))
-        # a draft or an encoder may have such a layer as well, and no embedding beside it
+        # A draft or an encoder may have such a layer too, but without an embedding of the same prefix.
         found = [prefix for prefix in found if f"{prefix}embed_tokens.weight" in self._files] or found
         if len(found) == 1:
             return found[0]
@@ -96,12 +97,12 @@ class Checkpoint:
         return tensor
 
     def stored_head(self, name: str, limit_bytes: int) -> bytes:
-        """Return the first ``limit_bytes`` of a tensor's stored bytes, row-major; it reads no more rows than needed."""
+        """Return the first ``limit_bytes`` of a tensor's stored bytes, row-major, and read no more rows than needed."""
         with _opened(self._file_of(name)) as handle:
             rows = handle.get_slice(name)
             shape = rows.get_shape()
             row_values = math.prod(shape[1:])
-            # a stored value takes at least one byte, so this many rows suffice
+            # A stored value takes at least one byte, so this many rows suffice.
             tensor = rows[: -(-limit_bytes // max(row_values, 1))]
         raw: bytes = tensor.contiguous().view(torch.uint8).numpy().tobytes()
         return raw[:limit_bytes]
@@ -112,11 +113,11 @@ class Checkpoint:
         """Return the tensor's values in ``dtype``; block-FP8 is dequantised.
 
         Args:
-            shape: what the config implies, where it does.
+            shape: the shape that the config implies, if it implies one.
         """
         stored = self.stored(name)
         if not stored.is_floating_point():
-            # integers count steps of a scale, or hold several values each: taken as they are, they are another model's
+            # Integers count steps of a scale, or hold several values each: used as values, they give another model.
             raise CheckpointError(
                 f"{name!r} in {self.path} is stored as {stored.dtype}: expected bfloat16, float16, float32 or "
                 "DeepSeek's block-FP8; take a checkpoint whose weights are not quantised to integers"
@@ -136,7 +137,7 @@ class Checkpoint:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """Open a file of tensors, and say which one it is that cannot be read."""
+    """Open a file of tensors; an error names the file that cannot be read."""
     try:
         with safe_open(file, framework="pt") as handle:
             yield handle

@@ -1,12 +1,12 @@
-"""The one reader of a model's ``config.json``, which turns every form that Hugging Face writes into one.
+"""The only reader of a model's ``config.json``, which turns every form that Hugging Face writes into one.
 
 - A multimodal wrapper keeps the language model's own configuration one level down.
 - A null key counts as a missing key.
-- The rotary embedding stands in ``rope_theta`` and ``rope_scaling`` (transformers 4) or in ``rope_parameters`` (5);
+- The rotary embedding's keys are ``rope_theta`` and ``rope_scaling`` (transformers 4) or ``rope_parameters`` (5);
   a file may have both, one of them null.
 
-A file that is none, a value of another type, and a number that no model has raise `CheckpointError`, which names the
-key, the value and the file. Nothing here imports torch, so that the launcher can read a config too.
+A file that is no configuration, a value of another type, and a number that no model has raise `CheckpointError`, which
+names the key, the value and the file. Nothing here imports torch, so that the launcher can read a config too.
 """
 
 import json
@@ -17,18 +17,18 @@ from typing import Any
 
 from sglang_tpla.errors import SglangTplaError
 
-NESTED = ("text_config", "language_config")  # wrappers keep the language model's configuration there
+NESTED = ("text_config", "language_config")  # a wrapper keeps the language model's configuration under one of these
 DEFAULT_ROPE_THETA = 10000.0
-LARGEST = 1 << 20  # no size of any model comes near
-LARGEST_REAL = 1e38  # a JSON number may be larger than any of float32
+LARGEST = 1 << 20  # larger than any size of any model
+LARGEST_REAL = 1e38  # float32 holds it; a JSON number may be larger than float32 holds
 
 
 class CheckpointError(SglangTplaError, ValueError):
-    """A checkpoint that cannot be read; the message says what was expected, what came, where, and what to do."""
+    """A checkpoint cannot be read; the message says what was expected, what came, where, and what to do."""
 
 
 class Config(dict[str, Any]):
-    """A configuration, or a part of one, that knows its file for messages; "" where it came from none."""
+    """A configuration, or a part of one, with the name of its file for messages; "" if it came from no file."""
 
     def __init__(self, values: Mapping[str, Any], file: str = "") -> None:
         super().__init__(values)
@@ -36,18 +36,18 @@ class Config(dict[str, Any]):
 
 
 def place(config: Mapping[str, Any]) -> str:
-    """Return the words that name a configuration's file behind what it holds."""
+    """Return the words that name a configuration's file, to follow a value in a message."""
     file = getattr(config, "file", "")
     return f" in {file}" if file else ""
 
 
 def read_config(path: str | Path) -> Config:
-    """Return the language model's configuration in a file, or in a checkpoint's folder, in one form."""
+    """Return the language model's configuration from a file, or from a checkpoint's folder, in one form."""
     return language_config(read_whole_config(path))
 
 
 def read_whole_config(path: str | Path) -> Config:
-    """Return the configuration as the file has it, a wrapper's included."""
+    """Return the configuration as the file has it, with a wrapper if there is one."""
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
@@ -69,7 +69,7 @@ def read_whole_config(path: str | Path) -> Config:
 def language_config(config: Mapping[str, Any]) -> Config:
     """Return the language model's own configuration, without null keys.
 
-    The wrapper's quantisation applies where the inner configuration has none.
+    The wrapper's quantisation applies if the inner configuration has none.
     """
     file = getattr(config, "file", "")
     nested = [config[name] for name in NESTED if isinstance(config.get(name), Mapping)]
@@ -87,7 +87,7 @@ def whole(config: Mapping[str, Any], key: str, least: int = 1, default: int | No
     """Return a size of the model, a whole number from ``least`` on; without a default the key must be there.
 
     Raises:
-        CheckpointError: naming the key, what it holds and the file.
+        CheckpointError: the value is none; the message names the key, its value and the file.
     """
     value = _given(config, key, default)
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
@@ -97,8 +97,8 @@ def whole(config: Mapping[str, Any], key: str, least: int = 1, default: int | No
     return value
 
 
-# The numbers of a model that no arithmetic takes otherwise: (key, whether the bound itself will do, bound, largest).
-# A smaller one ends in roots and logarithms that are not finite, and an epsilon above 1 leaves nothing of the values.
+# The ranges that the arithmetic needs, by key: (lower bound, whether the bound itself is allowed, largest value).
+# Smaller numbers give roots and logarithms that are not finite, and an epsilon above 1 leaves nothing of the values.
 _ABOVE_ZERO = (0.0, False, LARGEST_REAL)
 _FROM_ZERO = (0.0, True, LARGEST_REAL)
 _RANGES = {
@@ -108,7 +108,7 @@ _RANGES = {
     "factor": _ABOVE_ZERO,
     "original_max_position_embeddings": (1.0, True, LARGEST_REAL),
     "max_position_embeddings": (1.0, True, LARGEST_REAL),
-    # null and 0 are the default for SGLang
+    # SGLang takes its default for null and for 0.
     "beta_fast": _FROM_ZERO,
     "beta_slow": _FROM_ZERO,
     "mscale": _FROM_ZERO,
@@ -117,10 +117,10 @@ _RANGES = {
 
 
 def real(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    """Return a number of the model that its arithmetic takes; without a default the key must be there.
+    """Return a number of the model, in the range of its arithmetic; without a default the key must be there.
 
     Raises:
-        CheckpointError: naming the key, what it holds and the file.
+        CheckpointError: the value is out of range; the message names the key, its value and the file.
     """
     return _in_range(_given(config, key, default), key, config)
 
@@ -151,7 +151,7 @@ def _short(value: Any) -> str:
 
 
 def rope_scaling(config: Mapping[str, Any]) -> Config:
-    """Return the stretch of the rotary embedding, ``rope_scaling`` or ``rope_parameters``, without null keys."""
+    """Return the scaling of the rotary embedding, ``rope_scaling`` or ``rope_parameters``, without null keys."""
     found = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(found, Mapping):
         raise CheckpointError(f"expected rope_scaling to be a mapping, got {_short(found)}{place(config)}")
@@ -173,7 +173,7 @@ def weight_block(config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def separator(config: Mapping[str, Any]) -> int | None:
-    """Return the token that ends a text, the first where the model has several; None where it names none."""
+    """Return the token that ends a text: the first if the model has several, None if the config names none."""
     token = config.get("eos_token_id")
     token = token[0] if isinstance(token, list) and token else token
     if token is None or (type(token) is int and 0 <= token <= LARGEST):
@@ -184,12 +184,12 @@ def separator(config: Mapping[str, Any]) -> int | None:
 
 
 def check_query_scaling(config: Mapping[str, Any]) -> None:
-    """Refuse a model that scales queries by their position, as Mistral's do.
+    """Refuse a model that scales queries by their position, as Mistral's models do.
 
-    SGLang knows one of the two names, and follows it in some of its ways to compute attention, not in all.
+    SGLang knows one of the two names, and only some of its attention paths follow it.
 
     Raises:
-        CheckpointError: naming the key.
+        CheckpointError: the model scales queries; the message names the key.
     """
     for name, part in (
         ("llama_4_scaling", config),
@@ -205,7 +205,7 @@ def check_query_scaling(config: Mapping[str, Any]) -> None:
 
 
 def rope_theta(config: Mapping[str, Any]) -> float:
-    """Return the rotary embedding's base; one beside the stretch replaces the config's own, as in transformers 5."""
+    """Return the rotary embedding's base; a base in the scaling replaces the config's, as in transformers 5."""
     parts = (config.get("rope_scaling"), config.get("rope_parameters"), config)
     given = (part.get("rope_theta") for part in parts if isinstance(part, Mapping))
     theta = next((base for base in given if base is not None), DEFAULT_ROPE_THETA)

@@ -2,7 +2,7 @@
 
 This reference for calibration and evaluation takes whole sequences, without cache or kernels, and computes every step
 as SGLang's ``srt/models/deepseek_v2.py`` and transformers' ``DeepseekV3ForCausalLM`` do. A prompt attends exactly, as
-plain MLA prefills it. With maps, every token behind it attends through the slices, over all tokens before it
+plain MLA prefills it. With maps, every token after the prompt attends through the slices, over all earlier tokens
 (docs/design.md, section 2):
 
     p_i = softmax(scale (q_nope W_UK A_i^T z_i^T + q_rope k_rope^T)),   o = sum_i (p_i z_i) B_i W_UV W_O
@@ -29,13 +29,13 @@ from sglang_tpla.reference_model.spec import ModelSpec
 
 # A slicer is Z [d, w], or a function from latents [B, S, d] to slices [B, S, w], which only comparisons need.
 Slicer = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
-# One layer's maps are (Z, A [w, d], B [w, d]) for each group, or those of sketched rows; None is exact attention.
+# One layer's maps are (Z, A [w, d], B [w, d]) for each group, or the maps of sketched rows; None means exact attention.
 GroupMaps = tuple[Slicer, torch.Tensor, torch.Tensor]
 LayerMaps = Sequence[GroupMaps] | SketchedMaps
 
 
 class Bf16Maps(list[GroupMaps]):
-    """The maps of a layer whose cache rounds its rows to bfloat16, for the error of that alone."""
+    """The maps of a layer whose cache rounds its rows to bfloat16, to measure the error of that rounding."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Attention:
         return causal_attention(query, key, value, spec.scale)
 
     def _one_query(self, inputs: AttentionInputs, key_latent: torch.Tensor, value_latent: torch.Tensor) -> torch.Tensor:
-        # the last token sees every key, so it needs no mask, and absorbed it needs no keys or values of the whole cache
+        # The last token sees every key, so it needs no mask. Absorbed weights spare making the cache's keys and values.
         absorbed = torch.einsum("bhqn,hnd->bhqd", inputs.q_nope, self.w_uk)
         scores = absorbed @ key_latent[:, None].mT + inputs.q_rope @ inputs.k_rope[:, None].mT
         context = (scores * self.spec.scale).softmax(-1) @ value_latent[:, None]
@@ -173,7 +173,7 @@ def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     queries, tokens = query.shape[2], key.shape[2]
     value_dim = value.shape[-1]
     if value_dim < key.shape[-1]:
-        # the fused kernels need one width; the unfused kernel is some three times slower
+        # The fused kernels need one width; the unfused kernel is about three times slower.
         value = F.pad(value, (0, key.shape[-1] - value_dim))
     if queries == tokens:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
@@ -192,7 +192,7 @@ class Layer:
 
 
 class _LastLayer:
-    """Layers that are read on request, of which only the last one stays in memory."""
+    """Layers that are read on request; only the last one read stays in memory."""
 
     def __init__(self, model: PlainModel) -> None:
         self._model = model
@@ -213,7 +213,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # a name or number that is not; CUDA that torch was built without
+    except (RuntimeError, AssertionError) as error:  # no such name or number; torch was built without CUDA
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"expected a torch device that is here, got {name!r}: {reason}") from error
     if device.type == "meta":
@@ -231,7 +231,7 @@ class PlainModel:
         resident: keep every layer's weights in memory; otherwise only those of the layer used last.
 
     Raises:
-        CheckpointError: a missing tensor, a configuration of another family, or no such device.
+        CheckpointError: a tensor is missing, the configuration is of another family, or there is no such device.
     """
 
     layers: list[Layer] | _LastLayer
@@ -252,8 +252,8 @@ class PlainModel:
         self.embedding = self._tensor(f"{self.checkpoint.prefix}embed_tokens.weight", *table)
         self.final_norm = self._tensor(f"{self.checkpoint.prefix}norm.weight", self.spec.hidden)
         head = f"{self.checkpoint.prefix.removesuffix('model.')}lm_head.weight"
-        # A model that has a head of its own may have lost the file with it. One that shares the embedding may have a
-        # head in its files, which SGLang leaves out.
+        # The config's flag overrides the files: the file of a separate head may be missing, which is an error, and a
+        # model that shares the embedding may have a head in its files, which SGLang ignores.
         tied = self.checkpoint.config.get("tie_word_embeddings")
         own_head = tied is False or (tied is not True and head in self.checkpoint)
         self.lm_head = self._tensor(head, *table) if own_head else self.embedding
@@ -320,7 +320,7 @@ class PlainModel:
     def prefill(
         self, tokens: torch.Tensor, past: Sequence[LayerCache] | None = None
     ) -> tuple[torch.Tensor, list[LayerCache]]:
-        """Compute exact normed hidden states [B, S, hidden] of tokens [B, S] behind ``past``, and the whole cache."""
+        """Compute exact normed hidden states [B, S, hidden] of tokens [B, S] after ``past``, and the whole cache."""
         cache: list[LayerCache] = []
 
         def keep(_layer: int, inputs: AttentionInputs, _out: torch.Tensor) -> None:
@@ -335,9 +335,9 @@ class PlainModel:
     def forward(
         self, tokens: torch.Tensor, *, maps: Sequence[LayerMaps | None] | None = None, prompt_tokens: int = 0
     ) -> torch.Tensor:
-        """Compute logits [B, S, vocab] of tokens [B, S], of an exact prompt and, through ``maps``, what follows it."""
+        """Compute logits [B, S, vocab] of tokens [B, S]: the prompt exactly, later tokens through ``maps``."""
         if prompt_tokens >= tokens.shape[1]:
-            maps = None  # nothing is behind the prompt
+            maps = None  # no token follows the prompt
         if maps is None or prompt_tokens == 0:
             return self.logits(self.hidden_states(tokens, maps=maps))
         prompt, cache = self.prefill(tokens[:, :prompt_tokens])

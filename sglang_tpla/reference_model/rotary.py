@@ -1,7 +1,7 @@
 """Rotary embedding with DeepSeek's interleaved pairs and yarn, as in SGLang's ``DeepseekScalingRotaryEmbedding``.
 
-A rotated vector keeps its pairs side by side, as in SGLang's cache. Exact scores depend only on query and key having
-the same layout (transformers' has all first halves first), but an 8-bit key is rounded by the number of its column.
+The two values of a rotated pair stay adjacent, as in SGLang's cache. Exact scores only need the same layout of query
+and key (transformers puts all first halves first), but the rounding of an 8-bit key depends on the column's number.
 """
 
 import math
@@ -23,20 +23,20 @@ class Rotary:
             self.amplitude = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
 
     def tables(self, tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make cos and sin, each [tokens, e/2], for positions 0 to tokens - 1."""
+        """Return cos and sin, each [tokens, e/2], for positions 0 to tokens - 1."""
         positions = torch.arange(tokens, dtype=torch.float32, device=self.device)
         angles = positions[:, None] * self.inverse_frequencies
         return (angles.cos() * self.amplitude).to(dtype), (angles.sin() * self.amplitude).to(dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate interleaved pairs of x [..., S, e] by tables [S, e/2]; the order of values stays."""
+    """Rotate interleaved pairs of x [..., S, e] by tables [S, e/2], keeping the order of values."""
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
 
 
 def inverse_frequencies(spec: ModelSpec) -> torch.Tensor:
-    """Return the inverse frequencies [e/2], float32, stretched by yarn where the model has it."""
+    """Return the inverse frequencies [e/2], float32, scaled by yarn if the model has it."""
     dim = spec.rope_dim
     plain = 1.0 / spec.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     if spec.yarn is None:

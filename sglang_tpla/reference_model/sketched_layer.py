@@ -1,4 +1,4 @@
-"""Sketched rows in the reference forward: each group's view of a token whose row has been packed."""
+"""Sketched rows in the reference forward: each group's view of tokens after rounding to the row format."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class SketchedMaps:
 
     Args:
         rows: sizes of the layer's rows.
-        z: of each group, [d, w].
-        sketch: [d, g n].
+        z: projection of each group, [d, w].
+        sketch: sketch map of all groups, [d, g n].
         a: key map of each group, [w + (g - 1) n, d].
         b: value map of each group, [w, d].
     """
@@ -51,7 +51,7 @@ class SketchedMaps:
     def views(self, latent: torch.Tensor, k_rope: torch.Tensor) -> Iterator[GroupView]:
         """Yield each group's view of latents [B, S, d] and rotated keys [B, S, rope], in their dtype."""
         rows, dtype = self.rows, latent.dtype
-        # round shared columns, rotary key and sketch once, because groups have them in common
+        # Round shared columns, rotary key and sketch once, because all groups have them.
         shared = _in_turns(rows, latent @ self.z[0][:, : rows.shared])
         keys = _in_turns(rows, k_rope) if rows.rope_bits == 8 else [k_rope.to(torch.bfloat16).to(dtype)]
         codes, scale = quantise_sketch(latent @ self.sketch, rows.sketch_bits)
@@ -63,7 +63,7 @@ class SketchedMaps:
 
 
 def rounded(values: torch.Tensor) -> torch.Tensor:
-    """Round columns as an 8-bit row does, in their own dtype."""
+    """Round columns as an 8-bit row does, and return them in their dtype."""
     return byte_values(*quantise(values)).to(values.dtype)
 
 

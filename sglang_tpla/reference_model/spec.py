@@ -25,7 +25,7 @@ from sglang_tpla.reference_model.config_file import (
 
 @dataclass(frozen=True)
 class Yarn:
-    """Yarn scaling of the rotary embedding; ``mscale`` has SGLang's default."""
+    """Yarn scaling of the rotary embedding; ``mscale`` defaults to SGLang's default."""
 
     factor: float
     original_positions: int
@@ -76,7 +76,7 @@ class ModelSpec:
         """Read a model's config.
 
         Raises:
-            CheckpointError: a key that is missing or holds what this family does not use.
+            CheckpointError: a key is missing, or has a value that this family does not use.
         """
         config = language_config(config)
         check_query_scaling(config)
@@ -114,7 +114,7 @@ class ModelSpec:
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """Return Yarn's attention temperature for a stretch of ``factor``."""
+    """Return Yarn's attention temperature for a context longer by ``factor``."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 

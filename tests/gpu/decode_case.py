@@ -11,7 +11,7 @@ from sglang_tpla.attention.reference import latent_attention
 from sglang_tpla.cache_rows import sketched
 
 SCALE = 192**-0.5
-BAR = 3e-3  # of the relative error
+BAR = 3e-3  # the largest relative error allowed
 LENGTHS = (
     [1],
     [63, 64, 65, 4, 128],
@@ -26,7 +26,7 @@ REFILLS = [[3000] * 8, [1, 2, 3, 64, 65, 0, 2999, 1000], [0] * 7 + [3000], [17] 
 
 @dataclass(frozen=True)
 class Case:
-    """The inputs of one step; unused cache slots hold NaN, so that a read of one shows."""
+    """The inputs of one step; unused cache slots hold NaN, so that reading one shows in the output."""
 
     shape: DecodeShape
     table: PageTable
@@ -36,7 +36,7 @@ class Case:
     kv_cache: torch.Tensor
 
     def reference(self) -> torch.Tensor:
-        """The float32 answer."""
+        """Return the output in float32."""
         inputs = self.q_latent, self.q_rope, self.kv_cache, self.table, self.lengths
         return latent_attention(self.shape, *inputs, SCALE)
 
@@ -49,7 +49,7 @@ def random_case(shape: DecodeShape, lengths: list[int], seed: int, device: str =
     total = sum(pages)
     order = torch.randperm(total + 5, generator=generator, device=device)[:total].to(torch.int32)
     slots = (total + 5) * shape.page_size
-    # bytes of 255 are NaN as bfloat16
+    # Bytes of 255 are NaN as bfloat16.
     poison = float("nan") if shape.cache_dtype != torch.uint8 else 255
     cache = torch.full((slots, shape.cache_dim), poison, dtype=shape.cache_dtype, device=device)
     for request, length in enumerate(lengths):
@@ -77,7 +77,7 @@ def random_case(shape: DecodeShape, lengths: list[int], seed: int, device: str =
 
 
 def random_sketched(rows: sketched.SketchedRows, tokens: int, generator: torch.Generator) -> torch.Tensor:
-    """Make sketched rows of Gaussian tokens, each with scales of its own."""
+    """Make sketched rows of Gaussian tokens; scales differ between tokens."""
 
     def columns(count: int) -> torch.Tensor:
         values = torch.randn(tokens, count, generator=generator, device=generator.device)
@@ -109,14 +109,14 @@ def assert_right_and_repeated(case: Case, more: int = 20) -> None:
 
 
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
-    """||out - reference|| / ||reference||; NaN anywhere gives NaN, which passes no comparison."""
+    """Return ||out - reference|| / ||reference||; NaN anywhere gives NaN, which passes no comparison."""
     return ((out.float() - reference).norm() / reference.norm()).item()
 
 
 def errors_of_replays(
     kernel: DecodeAttention, case: Case, batches: list[list[int]]
 ) -> Iterator[tuple[list[int], float]]:
-    """Capture a plan and three runs in a CUDA graph, and yield its relative error after each refill of its inputs."""
+    """Capture a plan and three runs in a CUDA graph, and yield the relative error after each refill of the inputs."""
     out = case.q_latent.new_empty(*case.q_latent.shape[:2], case.shape.latent_dim)
 
     def step() -> None:

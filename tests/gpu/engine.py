@@ -1,8 +1,8 @@
 """Real servers on GPUs: stock SGLang, prefill, decode servers of any number of ranks, and the router.
 
-All of a model's servers are started at once, since most of a start is imports and just-in-time compilation. Where
-there are as many GPUs as ranks, each rank has its own and they speak over NCCL, with CUDA graphs; on one GPU, two ranks
-are two "nodes" whose collectives run over gloo (``one_gpu/``).
+All of a model's servers start at once, since most of the start-up time is imports and just-in-time compilation. If
+there are as many GPUs as ranks, each rank has a GPU and the ranks use NCCL and CUDA graphs; on one GPU, two ranks are
+two "nodes" whose collectives run over gloo (``one_gpu/``).
 """
 
 import os
@@ -15,7 +15,7 @@ import torch
 from tests.e2e.servers import COMMON, ROOT, Pair, Server, ServerFailed, launcher, router
 from tests.ports import free_ports
 
-# Without a GPU the CPU platform serves: to try the tests themselves.
+# Without a GPU the servers run on the CPU platform, to try the tests themselves.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPUS = torch.cuda.device_count()
 START_S = float(os.environ.get("TEST_START_S", "420"))
@@ -31,14 +31,14 @@ ENV = {
     "SGLANG_ENABLE_JIT_DEEPGEMM": "0",
     "SGLANG_USE_MESSAGE_QUEUE_BROADCASTER": "0",
     "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",  # other servers' memory is on the same GPUs
-    # NVLink multicast can put a host's GPUs out of service for others: nothing here may use it.
+    # NVLink multicast can make a host's GPUs unusable for others, so nothing here may use it.
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "NVSHMEM_DISABLE_NVLS": "1",
 }
-# NCCL refuses two ranks on one device
+# NCCL refuses two ranks on one device.
 GLOO_ENV = {"ONE_GPU": "gloo", "SGLANG_NCCL_SO_PATH": "no-nccl-on-one-gpu"}
-# A dozen schedulers that spin while they are idle would leave no core to those that work.
+# A dozen schedulers that spin while idle would leave no core for those that work.
 SERVER = ("--grammar-backend", "none", "--sampling-backend", "pytorch", "--skip-server-warmup", "--sleep-on-idle")
 CUDA = (
     "--device", "cuda", "--dtype", "bfloat16", "--host", "127.0.0.1", "--max-total-tokens", "70000",
@@ -46,8 +46,8 @@ CUDA = (
 )  # fmt: skip
 if DEVICE == "cuda":
     SHARED_FLAGS = (*CUDA, *SERVER)
-    # Of the stock backends, Triton computes prompts of any shape and compiles in seconds; for decode at the widths of
-    # the test models (128 + 32, 256 + 64) it does not compile, FlashInfer faults, and PyTorch's own attention is right.
+    # Triton computes prompts of any shape and compiles in seconds. For decode at the widths of the test models
+    # (128 + 32, 256 + 64), Triton does not compile, FlashInfer faults, and PyTorch's own attention is right.
     PROMPT_ATTENTION = ("--attention-backend", "triton", "--decode-attention-backend", "torch_native")
     EAGER: tuple[str, ...] = ("--disable-decode-cuda-graph",)
     GRAPHS: tuple[str, ...] = ("--cuda-graph-max-bs-decode", "8")
@@ -70,7 +70,7 @@ def _ours(role: str, name: str, model: str, port: int, log: Path, *args: str) ->
 
 @dataclass
 class Decode:
-    """A decode server: rank 0 answers, the others may be nodes of their own."""
+    """A decode server: rank 0 answers; the other ranks may be separate nodes."""
 
     ranks: list[Server]
 
@@ -84,7 +84,7 @@ class Engines:
     """A model's servers, by name.
 
     Args:
-        model: checkpoint folder. log: folder of the logs. first_gpu: the ones before it are left alone.
+        model: checkpoint folder. log: folder of the logs. first_gpu: earlier GPUs are not used.
     """
 
     model: str
@@ -107,7 +107,7 @@ class Engines:
         self.stock = Server("stock", (*command, *flags), port, self.log / "stock.log", env).start()
 
     def start_prefill(self, *extra: str, prompts: Sequence[str] = PROMPTS) -> None:
-        """Start a prefill server; ``prompts`` says how it computes them."""
+        """Start a prefill server; ``prompts`` are the flags for its prompt attention."""
         port, self.bootstrap = free_ports(2)
         flags = ("--disaggregation-bootstrap-port", str(self.bootstrap), *prompts, *self._place(1), *extra)
         self.prefill = _ours("prefill", "prefill", self.model, port, self.log, *flags).start()
@@ -122,7 +122,7 @@ class Engines:
         self.decodes[name] = Decode([_ours("decode", name, self.model, port, self.log, *flags).start()])
 
     def _decode_on_one_gpu(self, name: str, ranks: int, *args: str) -> None:
-        """The ranks as nodes, without CUDA graphs."""
+        """Start the ranks as nodes, without CUDA graphs."""
         *ports, meeting = free_ports(ranks + 1)
         path = os.pathsep.join(filter(None, [ONE_GPU, os.environ.get("PYTHONPATH")]))
         servers = []
@@ -138,13 +138,13 @@ class Engines:
         self.decodes[name] = Decode(servers)
 
     def _place(self, ranks: int) -> tuple[str, ...]:
-        """Flags for the GPUs of a server: several ranks from the first one on, single ones on the last."""
+        """Return the flags for a server's GPUs: several ranks start at the first GPU, a single rank has the last."""
         if DEVICE == "cpu":
             return ()
         return ("--base-gpu-id", str(self.first_gpu if ranks > 1 else max(self.first_gpu, GPUS - 1)))
 
     def start_router(self, name: str) -> Server:
-        """A router in front of prefill and a decode server that are up."""
+        """Start a router in front of the running prefill server and a running decode server."""
         assert self.prefill is not None
         (port,) = free_ports(1)
         front = self.decodes[name].front
@@ -153,18 +153,18 @@ class Engines:
         return server.wait(timeout_s=60)
 
     def wait(self, *servers: Server) -> None:
-        """Until the servers answer; once for each."""
+        """Wait once for each of the servers, until it answers."""
         for server in servers:
             if server.name not in self._ready:
                 try:
                     server.wait(timeout_s=START_S)
-                except ServerFailed as failed:  # another one is often why
+                except ServerFailed as failed:  # another server is often the reason
                     tails = [f"--- {one.name}\n{one.tail(15)}" for one in self.servers() if one is not server]
                     raise ServerFailed("\n".join([str(failed), *tails])) from None
                 self._ready.add(server.name)
 
     def pair(self, name: str) -> Pair:
-        """Prefill and a decode server, both up."""
+        """Return prefill and a decode server once both answer."""
         decode = self.decodes[name]
         assert self.prefill is not None
         self.wait(self.prefill, *decode.ranks)

@@ -1,8 +1,8 @@
 """The kernel ``latent_plan`` in Python: a decode step's cache cut into equal parts, one for each persistent block.
 
-All requests' tiles (64 tokens) stand in one line. A part is a stretch of that line and costs its tiles plus
+All requests' tiles (64 tokens) form one sequence. A part is a range of that sequence and costs its tiles plus
 ``SEGMENT_COST`` for every request that it touches (loading the query, joining and storing the result). Parts that do
-not cross requests leave fewer partial results, so they are preferred where they are nearly as equal. Otherwise a greedy
+not cross requests leave fewer partial results, so they are preferred if they are nearly as equal. Otherwise a greedy
 walk lays parts of the smallest capacity with which all requests fit.
 """
 
@@ -14,13 +14,13 @@ from sglang_tpla.attention.hopper.plan import MAX_PARTS, SEGMENT_COST, TILE_TOKE
 
 @dataclass(frozen=True)
 class Plan:
-    """Parts of a step.
+    """The parts of a step.
 
     Args:
         part_begin: parts + 1 rows (request, tile, segments of that request in earlier parts); a part ends where the
             next begins.
-        split_start: batch + 1 numbers; request b's partial results are split_start[b] up to split_start[b + 1]. A
-            request with one split gets its output from the block itself; an empty request has no split.
+        split_start: batch + 1 numbers; request b's partial results are split_start[b] up to split_start[b + 1]. The
+            block of a request's only split writes the output itself; an empty request has no split.
     """
 
     part_begin: tuple[tuple[int, int, int], ...]
@@ -28,7 +28,7 @@ class Plan:
 
 
 def tiles_of(length: int) -> int:
-    """The number of tiles that hold ``length`` tokens."""
+    """Return the number of tiles that hold ``length`` tokens."""
     return -(-length // TILE_TOKENS)
 
 
@@ -74,7 +74,7 @@ def plan_parts(lengths: Sequence[int], parts: int) -> Plan:
     """Cut requests of ``lengths`` tokens into ``parts`` parts whose costs are as equal as whole tiles allow.
 
     Raises:
-        ValueError: fewer than 1 or more than ``MAX_PARTS`` parts.
+        ValueError: ``parts`` is below 1 or above ``MAX_PARTS``.
     """
     if not 1 <= parts <= MAX_PARTS:
         raise ValueError(f"parts must be 1 to {MAX_PARTS}; got {parts}")

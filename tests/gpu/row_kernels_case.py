@@ -12,7 +12,7 @@ from sglang_tpla.transfer.memory import row_kernels, row_kernels_reference
 from sglang_tpla.transfer.memory.layer_table import LayerTable
 from sglang_tpla.transfer.memory.part_of_rows import make_part
 
-# rows of successive layers, and whether they are projected
+# The rows of successive layers, and whether they are projected.
 SMALL: list[tuple[list[LayerRows], bool]] = [
     ([PlainRows(24, 24, 6)] * 2, False),
     ([PlainRows(17, 5, 6), PlainRows(17, 5, 6), PlainRows(9, 0, 6)], True),
@@ -36,10 +36,10 @@ DEEPSEEK: list[tuple[list[LayerRows], bool]] = [
 def wrong_chunk(
     rows: list[LayerRows], projected: bool, tokens: int, dtype: torch.dtype, device: str, few: float
 ) -> str | None:
-    """Say how the parts of a chunk differ between kernels and twins beyond rounding, or what is put into a pool.
+    """Return how a chunk's parts, or the items put into a pool, differ between kernels and twins beyond rounding.
 
-    A code on a border may fall on either side, in at most a share ``few`` of the bytes, and so may one row's scale,
-    with all of its codes. What is rounded to the pool's dtype may be one step of it apart.
+    A code on a border may fall on either side, in at most a share ``few`` of the bytes; so may one row's scale, with
+    all of its codes. Values rounded to the pool's dtype may differ by one step of it.
     """
     generator = torch.Generator().manual_seed(tokens)
     d, rope, row_format = (
@@ -47,7 +47,7 @@ def wrong_chunk(
         rows[0].rope_dim,
         RowFormat(tuple(rows)),
     )
-    # rows further apart than they are long, and a layer before the chunk
+    # The distance between rows is larger than a row, and the pool has a layer before the chunk.
     pool = [torch.randn(2 * tokens + 3, d + rope + 8, generator=generator) for _ in range(len(rows) + 1)]
     table = LayerTable([layer.to(device, dtype)[:, : d + rope] for layer in pool])
     slots = torch.randperm(2 * tokens + 3, generator=generator)[:tokens].to(device)
@@ -57,7 +57,7 @@ def wrong_chunk(
         groups = [list(run) for _, run in itertools.groupby(rows)]
         stacks = [torch.randn(len(run), d, run[0].columns, generator=generator).to(device) for run in groups]
         for run, z in zip(groups, stacks, strict=True):
-            if isinstance(run[0], WholeRows):  # a draft's: every bit of it travels
+            if isinstance(run[0], WholeRows):  # a draft's layer, of which every bit is sent
                 z[:] = torch.eye(d)
     for part in Part:
         if not projected and part is Part.OWN:
@@ -74,7 +74,7 @@ def wrong_chunk(
         apart = int((made[0] != made[1]).sum())
         if row_format.encoded and apart > few * items + items / (tokens * len(rows)):
             return f"{part.name} of {rows}, {tokens} tokens: {apart} of {items} bytes differ"
-        # tensor cores add up with less care than float32 demands, in proportion to the largest sums
+        # Tensor cores add less exactly than float32, in proportion to the largest sums.
         tolerance = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2e-5}[dtype]
         if not row_format.encoded and items:
             largest, error = made[0].float().abs().max(), (made[0].float() - made[1].float()).abs().max()
@@ -86,12 +86,12 @@ def wrong_chunk(
 
 
 def latent_of(rows: LayerRows) -> int:
-    """The latent columns of the model whose rows these are."""
+    """Return the number of latent columns of the model that has these rows."""
     return rows.rows.latent_dim if isinstance(rows, GroupRows) else 24 if rows.width < 64 else 512
 
 
 def wrong_rows(rows: list[LayerRows], tokens: int, part: Part, payload: torch.Tensor) -> str | None:
-    """Say whether kernel and twin put a part into different items of a pool."""
+    """Return how kernel and twin put a part into different items of a pool, or None if they do not."""
     start = 0
     for row, run in itertools.groupby(rows):
         count, items = len(list(run)), row.part_items(part)
@@ -111,7 +111,7 @@ def wrong_rows(rows: list[LayerRows], tokens: int, part: Part, payload: torch.Te
 
 
 def unseen(tokens: int, dtype: torch.dtype, device: str) -> str | None:
-    """Say which value that is not finite was overlooked, or return None."""
+    """Return which value that is not finite was overlooked, or None."""
     row = GroupRows(SketchedRows.of(40, 4, 8, 4), 1)
     z, slots = torch.randn(2, 40, row.columns, device=device), torch.arange(tokens, device=device)
     for odd, place in itertools.product((float("nan"), float("inf"), -float("inf")), (0, 17, 39, 40, 43)):

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Every GPU test, on a machine with one Hopper GPU, PyTorch and nvcc, in some minutes; no registry is asked.
+# Run every GPU test on a machine with one Hopper GPU, PyTorch and nvcc, in some minutes. Nothing is downloaded.
 #
 #   tests/gpu/run_all.sh [PARTS] [pytest arguments]
 #
 # PARTS is a folder with SGLang packed as base-* (tar, xz, split), for a machine that has none installed. It is unpacked
-# into $SGLANG_SITE (/tmp/sglang-site). Grammars need the real xgrammar in it. The engine's tests also serve the checkpoint SGLANG_TPLA_TEST_TINY with the
-# artifact SGLANG_TPLA_TEST_TINY_ARTIFACT, where named; SGLANG_TPLA_TEST_RESULTS is a folder for figures and logs.
+# into $SGLANG_SITE (/tmp/sglang-site). The tests of grammars need the real xgrammar in it. The engine's tests also serve
+# the checkpoint SGLANG_TPLA_TEST_TINY with the artifact SGLANG_TPLA_TEST_TINY_ARTIFACT, if named; SGLANG_TPLA_TEST_RESULTS
+# is a folder for figures and logs.
 set -eu
 root=$(cd "$(dirname "$0")/../.." && pwd)
 site=${SGLANG_SITE:-/tmp/sglang-site}
@@ -13,7 +14,8 @@ mkdir -p "$site"
 if [ -d "${1:-}" ]; then
     if [ ! -d "$site/sglang" ]; then
         cat "$1"/base-* | xz -dc | tar x -C "$site"
-        # a dozen processes import it at once: once is enough to compile it (a few templates are no Python, which it says)
+        # Compile once, because a dozen processes import it at the same time. A few templates are not Python: the command
+        # reports them.
         python3 -m compileall -q -j 0 "$site" || true
     fi
     shift

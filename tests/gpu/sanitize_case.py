@@ -1,4 +1,4 @@
-"""A small step in every mode of the kernel, to be run under compute-sanitizer:
+"""Run a small step in every mode of the kernel. Use this script under compute-sanitizer:
 
 compute-sanitizer --tool memcheck  python tests/gpu/sanitize_case.py
 compute-sanitizer --tool racecheck python tests/gpu/sanitize_case.py
@@ -28,7 +28,7 @@ for shape in SHAPES:
     case = random_case(shape, [700, 0, 65, 1300], shape.latent_dim)
     kernel = HopperDecode(case.shape, SCALE, 4, torch.device("cuda:0"))
     kernel.plan(case.table, case.lengths)
-    for _ in range(2):  # the second one starts before the first has ended
+    for _ in range(2):  # the second run starts before the first has ended
         out = torch.full_like(case.q_latent[..., : shape.latent_dim], float("nan"))
         kernel.run(case.q_latent, case.q_rope, case.kv_cache, out)
     torch.cuda.synchronize()

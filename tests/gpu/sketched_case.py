@@ -28,10 +28,10 @@ def difference(
     few: float,
     projected: bool = True,
 ) -> str | None:
-    """Say how kernel and twin differ beyond rounding, or return None.
+    """Return how kernel and twin differ beyond rounding, or None.
 
     A code on a border may fall on either side, in at most a share ``few`` of the bytes. Rows of one group need not be
-    ``projected``: then their columns are the norm.
+    ``projected``; without projection, their columns are the normed latent.
     """
     rows, width = kind.rows, kind.columns if projected else None
     cases = [
@@ -45,7 +45,7 @@ def difference(
     if not torch.allclose(*keys, rtol=2**-7, atol=2**-6):
         return f"keys of {rows}, {tokens} tokens, {rotate}"
     apart = caches[0] != caches[1]
-    if rows.rope_bits == 16:  # compared as values
+    if rows.rope_bits == 16:  # these keys were compared as values
         apart[..., rows.rope_offset : rows.rope_offset + rows.rope_bytes] = False
     if apart.float().mean() > few:
         places = apart.any(0).any(0).nonzero().flatten().tolist()
@@ -56,7 +56,10 @@ def difference(
 
 
 def difference_of_odd_values(kind: GroupRows, device: str) -> str | None:
-    """Say how they differ on rows of zeros, of one huge value and of very small ones, written from finished columns."""
+    """Return how kernel and twin differ on rows of zeros, of one huge value and of very small values, or None.
+
+    The rows are written from finished columns.
+    """
     rows = kind.rows
     z, key = torch.randn(4, kind.columns, device=device), torch.randn(4, rows.rope_dim, device=device)
     z[1], key[1], z[2, 3] = 0, 0, 3e38
@@ -70,9 +73,9 @@ def difference_of_odd_values(kind: GroupRows, device: str) -> str | None:
 
 
 def unseen(kind: GroupRows, device: str) -> str | None:
-    """Say which field of a row has a finite scale though a value of it is not finite, or return None."""
+    """Return which field of a row has a finite scale although one of its values is not finite, or None."""
     rows = kind.rows
-    block = ((kind.group + 1) % rows.groups) * rows.own  # of another group
+    block = ((kind.group + 1) % rows.groups) * rows.own  # another group's block
     columns = {0: 1 if rows.shared > 1 else None, 1: rows.shared + 1, 2: rows.w + block + 1} if rows.own else {0: 1}
     if rows.rope_bits == 8:
         columns[3] = 1

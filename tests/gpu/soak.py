@@ -1,10 +1,10 @@
-"""Random decode steps, checked one by one, for as long as wanted: for races that tests meet once in a thousand runs.
+"""Run random decode steps for a given time and check each, to find races that tests meet once in a thousand runs.
 
 python tests/gpu/soak.py SECONDS [SEED]
 
-A step is a random shape of plain or sketched rows, batch, lengths, page size and order of pages; a few layers run back
-to back on fresh queries, with outputs poisoned and nothing waited for in between. Ends with code 1 at the first wrong
-request, and says which it was.
+A step has a random shape of plain or sketched rows, batch, lengths, page size and order of pages. A few layers run back
+to back on fresh queries, with poisoned outputs and without waiting in between. At the first wrong request, the script
+names it and ends with code 1.
 """
 
 import random
@@ -25,14 +25,14 @@ from sglang_tpla.cache_rows.sketched import SketchedRows
 
 BAR = 3e-3
 MAX_BATCH = 64
-WIDTHS = (64, 96, 128, 192, 256, 320)  # every mode, few enough to compile in a minute
-# (groups, shared columns, bits of the sketch, bits of the key): every form of the kernel
+WIDTHS = (64, 96, 128, 192, 256, 320)  # cover every mode, and compile in a minute
+# (groups, shared columns, bits of the sketch, bits of the key); they cover every form of the kernel.
 SKETCHED = ((1, 0, 4, 16), (2, 64, 4, 16), (2, 96, 4, 8), (4, 64, 3, 16), (8, 64, 4, 16), (8, 64, 2, 8))
 DEVICE = "cuda:0"
 
 
 def random_lengths(dice: random.Random) -> list[int]:
-    """A batch of one of the forms that are planned differently."""
+    """Return a batch's lengths, in one of the forms that are planned differently."""
     batch = dice.randint(1, MAX_BATCH)
     longest = dice.choice((64, 300, 1000, 9000))
     if dice.random() < 0.3:
@@ -41,7 +41,7 @@ def random_lengths(dice: random.Random) -> list[int]:
 
 
 def random_shape(dice: random.Random) -> DecodeShape:
-    """A layer's shape, of plain rows one time in three."""
+    """Return a layer's shape, with plain rows one time in three."""
     heads, query_len, page_size = dice.choice((8, 16, 32, 64, 128)), dice.randint(1, 4), dice.choice((1, 64))
     if dice.random() < 1 / 3:
         return DecodeShape(dice.choice(WIDTHS), heads, 64, query_len, page_size)
@@ -51,12 +51,12 @@ def random_shape(dice: random.Random) -> DecodeShape:
 
 
 def error_of(out: torch.Tensor, right: torch.Tensor) -> float:
-    """Relative error; where nothing is to be seen and zeros are right, the largest value."""
+    """Return the relative error, or the largest value if queries see nothing and zeros are right."""
     return relative_error(out, right) if right.norm() > 0 else out.float().abs().max().item()
 
 
 def wrong_requests(out: torch.Tensor, right: torch.Tensor, query_len: int) -> list[tuple[int, float]]:
-    """(request, relative error) of each request beyond twice the bar: one request alone errs more than all."""
+    """Return (request, relative error) of each request beyond twice the bar: one request errs more than the batch."""
     pairs = zip(out.split(query_len), right.split(query_len), strict=True)
     errors = [(request, error_of(*pair)) for request, pair in enumerate(pairs)]
     return [(request, error) for request, error in errors if not error <= 2 * BAR]

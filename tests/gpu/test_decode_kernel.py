@@ -27,7 +27,7 @@ DEVICE = torch.device("cuda:0")
 
 @pytest.mark.parametrize("latent_dim", range(64, 513, 32))
 def test_right_at_every_width(latent_dim: int) -> None:
-    """Every head count, query length and page size with each other, over lengths with odd ends."""
+    """The kernel is right for every combination of heads, query length and page size, over lengths with odd ends."""
     dice = random.Random(latent_dim)
     for heads in (8, 16, 32, 64, 128):
         for query_len in (1, 2, 3, 4):
@@ -68,14 +68,14 @@ def test_cuda_graph_follows_refilled_lengths() -> None:
 
 
 def test_newest_rows_may_be_written_by_the_kernel_before() -> None:
-    """That kernel lets its successor start early: a run of this kernel whose output are the rows."""
+    """The kernel before lets its successor start early; it is a run of this kernel that outputs the newest rows."""
     writer_case = random_case(DecodeShape(128, 8), [60_000], 13)
     writer = HopperDecode(writer_case.shape, SCALE, 1, DEVICE)
     writer.plan(writer_case.table, writer_case.lengths)
     shape = DecodeShape(128, 16, query_len=4, page_size=64)
     case = random_case(shape, [900, 316, 70], 14)
     page = case.table.indices[case.table.starts[1] + 316 // 64].item()
-    # tokens 312 to 315, and four slots that nothing uses
+    # These are tokens 312 to 315, and four slots that nothing uses.
     rows = case.kv_cache[page * 64 + 56 : page * 64 + 64]
     kernel = HopperDecode(shape, SCALE, 3, DEVICE)
     kernel.plan(case.table, case.lengths)
@@ -90,7 +90,7 @@ def test_newest_rows_may_be_written_by_the_kernel_before() -> None:
 
 
 def test_req_to_token_rows_and_strided_queries() -> None:
-    """SGLang's page table form, and queries that come transposed out of a batched product."""
+    """The kernel takes SGLang's form of page table, and queries that a batched product leaves transposed."""
     shape = DecodeShape(192, 16)
     case = random_case(shape, [700, 33, 900], 5)
     width = 1000

@@ -1,8 +1,8 @@
-"""The whole engine on GPUs: stock SGLang, prefill, decode in several layouts, router: each against its own reference.
+"""The whole engine on GPUs (stock SGLang, prefill, decode in several layouts, router), each against its reference.
 
 The reference is the plain PyTorch model in float32: whole weights, no cache that crossed a wire, no engine. A server
-computes in bfloat16, so it differs, now and then by much: a token whose second and third expert score alike is routed
-to another one. How much of that is bfloat16 is what the same plain model differs by in bfloat16, on the same tokens.
+computes in bfloat16, so it differs, sometimes by much: a token whose second and third expert score alike may be routed
+to the other expert. The same plain model in bfloat16, on the same tokens, shows how much of the error is bfloat16's.
 """
 
 import concurrent.futures
@@ -32,13 +32,13 @@ TOKENS = 32
 LOGPROBS = {"return_logprob": True}
 CHUNKS = ("--chunked-prefill-size", "512")
 TINY, TINY_ARTIFACT = "SGLANG_TPLA_TEST_TINY", "SGLANG_TPLA_TEST_TINY_ARTIFACT"  # folder, file
-EXPERT_WIDTH = 512  # of tiny_fp8, whose experts are 64 wide: two blocks for each of two ranks
+EXPERT_WIDTH = 512  # tiny's experts, 64 wide, are widened for tiny_fp8: two blocks for each of two ranks
 RESULTS = "SGLANG_TPLA_TEST_RESULTS"  # folder for engine.json, all answers and the servers' logs
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # of the servers
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # the servers' dtype
 # Another order of sums in bfloat16 (fewer heads a rank, other kernels) moves the error by about this factor.
 NOISE = 1.5
-MOSTLY_MLA = 0.5  # from here on answers are nearer to plain MLA than to TPLA
-FLOAT32 = 1e-5 if DEVICE == "cpu" else 0.0  # error of sums in another order where nothing is bfloat16
+MOSTLY_MLA = 0.5  # from this value on, answers are nearer to plain MLA than to TPLA
+FLOAT32 = 1e-5 if DEVICE == "cpu" else 0.0  # error of sums in another order if nothing is bfloat16
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Decoding:
     """A decode server's layout.
 
     Args:
-        groups: latent groups, and as many ranks.
-        flags: of the server, beyond those that name the groups.
+        groups: number of latent groups and of ranks.
+        flags: the server's flags besides those that name the groups.
     """
 
     groups: int
@@ -55,7 +55,7 @@ class Decoding:
 
     @property
     def served(self) -> bool:
-        """Whether this machine can: gloo scatters nothing on one GPU."""
+        """Whether this machine can serve the layout: gloo on one GPU has no scatter."""
         return DEVICE == "cpu" or GPUS > 1 or "scatter" not in self.flags
 
 
@@ -73,7 +73,7 @@ on_every_layout = pytest.mark.parametrize(("bench", "layout"), CASES, indirect=[
 
 
 class Bench:
-    """One model's servers, its float32 reference and that one's twin in the servers' dtype.
+    """One model's servers, its float32 reference and the reference's twin in the servers' dtype.
 
     Args:
         layouts: decode servers to start.
@@ -91,7 +91,7 @@ class Bench:
         self._rounded = RoundedInputs(quantised_weights(self.twin)) if self.coded else contextlib.nullcontext()
         tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
         long = [source(seed, characters) for seed, characters in ((5, 2500), (6, 4500), (7, 12000))]
-        texts = [*short_prompts(8, seed=3), *long]  # up to some 3,300 tokens: 7 chunks
+        texts = [*short_prompts(8, seed=3), *long]  # up to about 3,300 tokens, or 7 chunks
         self.prompts = [tokenizer.encode(text).ids for text in texts]
         self.engines.start_stock(*CHUNKS)
         self.engines.start_prefill(*CHUNKS)
@@ -104,7 +104,7 @@ class Bench:
             self.engines.decode(layout, decoding.groups, *flags, *attention)
 
     def stock(self) -> list[dict[str, Any]]:
-        """Stock SGLang's answers, one request at a time; asked once."""
+        """Return stock SGLang's answers to one request at a time; the server is asked once."""
         if "stock" not in self._answers:
             server = self.engines.stock
             assert server is not None
@@ -113,7 +113,7 @@ class Bench:
         return self._answers["stock"]
 
     def answers(self, layout: str) -> list[dict[str, Any]]:
-        """The answers of a decode server to one request at a time; it is asked once."""
+        """Return a decode server's answers to one request at a time; the server is asked once."""
         if layout not in self._answers:
             pair = self.engines.pair(layout)
             self._answers[layout] = [pair.generate(prompt, TOKENS, **LOGPROBS)[1] for prompt in self.prompts]
@@ -121,7 +121,7 @@ class Bench:
 
     @torch.no_grad()
     def expected(self, model: PlainModel, prompt: list[int], tokens: list[int], decoding: Decoding) -> torch.Tensor:
-        """A plain model's logprobs of ``tokens`` after ``prompt`` in the layout, ``[len(tokens)]``."""
+        """Return a plain model's logprobs of ``tokens`` after ``prompt`` in the layout, ``[len(tokens)]``."""
         ids = torch.tensor([prompt + tokens], device=DEVICE)
         maps: dict[str, Any] = {}
         if decoding.groups > 1:
@@ -131,9 +131,9 @@ class Bench:
         return scores[at, torch.tensor(tokens)]
 
     def errors(self, answers: list[dict[str, Any]], decoding: Decoding) -> tuple[torch.Tensor, torch.Tensor]:
-        """|logprob - the layout's reference's| of every answered token, the server's and the twin's.
+        """Return |logprob - the reference's| of every answered token in the layout, for the server and for the twin.
 
-        Each ``[prompts * TOKENS]``.
+        Each is ``[prompts * TOKENS]``.
         """
         server, twin = [], []
         for prompt, answer in zip(self.prompts, answers, strict=True):
@@ -147,9 +147,9 @@ class Bench:
         return torch.cat(server), torch.cat(twin)
 
     def pull(self, answers: list[dict[str, Any]], decoding: Decoding) -> float:
-        """The answers' place between the layout's reference (0) and plain MLA (1), as a mean of all tokens.
+        """Return the answers' position between the layout's reference (0) and plain MLA (1), averaged over all tokens.
 
-        Other errors have no such direction.
+        Other errors do not point in this direction.
         """
         along = total = 0.0
         for prompt, answer in zip(self.prompts, answers, strict=True):
@@ -162,7 +162,7 @@ class Bench:
         return along / total
 
     def usual(self, twin: torch.Tensor) -> torch.Tensor:
-        """The expected errors of a server of this model: the twin's, or stock's where those are larger.
+        """Return the expected errors of a server of this model: the twin's, or stock's if those are larger.
 
         The twin of a coded model does not round everything that a server rounds.
         """
@@ -173,7 +173,7 @@ class Bench:
         return max(twin, self._usual, key=lambda errors: float(errors.mean()))
 
     def save(self, file: Path) -> None:
-        """All answers: token and its logprob."""
+        """Write all answers: tokens and their logprobs."""
         said = {
             layout: [[pair[:2] for pair in one["meta_info"]["output_token_logprobs"]] for one in answers]
             for layout, answers in self._answers.items()
@@ -182,7 +182,7 @@ class Bench:
 
 
 def agreement(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> float:
-    """Share of greedy tokens before the answers part."""
+    """Return the share of greedy tokens before the answers part."""
     same = total = 0
     for one, other in zip(left, right, strict=True):
         pairs = list(zip(*(a["meta_info"]["output_token_logprobs"] for a in (one, other)), strict=True))
@@ -193,7 +193,7 @@ def agreement(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> float:
 
 @pytest.fixture(scope="module")
 def report() -> Iterator[dict[str, Any]]:
-    """The measurements, which go to ``engine.json`` where a folder for results is named."""
+    """Yield the dictionary of measurements, which goes to ``engine.json`` if a folder for results is named."""
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
         "gpus": GPUS,
@@ -205,7 +205,7 @@ def report() -> Iterator[dict[str, Any]]:
 
 
 def block_fp8(folder: Path) -> tuple[str, str]:
-    """Checkpoint and artifact of ``tiny_fp8``. The maps are tiny's own: how good they are is not what is tested."""
+    """Make checkpoint and artifact of ``tiny_fp8``. The maps are tiny's: the tests do not judge their quality."""
     model = folder / "tiny_fp8"
     convert(Path(os.environ[TINY]), model, EXPERT_WIDTH)
     maps = Artifact.load(os.environ[TINY_ARTIFACT])
@@ -218,7 +218,7 @@ def block_fp8(folder: Path) -> tuple[str, str]:
 def benches(
     request: pytest.FixtureRequest, nano_mla: str, nano_artifact: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Bench]]:
-    """All servers that the chosen tests ask for, started together; fewer with ``-k "tiny and one-group"``."""
+    """Start all servers that the chosen tests need together; ``-k "tiny and one-group"`` needs fewer."""
     chosen: dict[str, set[str]] = {}
     for item in request.session.items:
         asked = item.callspec.params if hasattr(item, "callspec") else {}
@@ -284,7 +284,7 @@ def assert_usual(errors: torch.Tensor, usual: torch.Tensor) -> None:
 
 @on_every_layout
 def test_many_at_once_answer_as_one_at_a_time(bench: Bench, layout: str) -> None:
-    """Concurrent requests share batches, graphs and the transfer agents; each follows the reference all the same."""
+    """Concurrent requests share batches, graphs and the transfer agents, and each still follows the reference."""
     pair = bench.engines.pair(layout)
     rooms = [
         type(pair)(pair.prefill, pair.bootstrap, pair.decode, next_room=pair.next_room + 1 + number)
@@ -299,7 +299,7 @@ def test_many_at_once_answer_as_one_at_a_time(bench: Bench, layout: str) -> None
 
 @pytest.mark.parametrize(("bench", "layout"), [(name, "two-groups") for name in MODELS], indirect=["bench"])
 def test_answers_through_the_router(bench: Bench, layout: str) -> None:
-    """The real router in front, all prompts at once."""
+    """Answers to all prompts at once through the real router follow the reference."""
     pytest.importorskip("sglang_router")
     bench.engines.pair(layout)
     front = bench.engines.start_router(layout)
@@ -309,7 +309,7 @@ def test_answers_through_the_router(bench: Bench, layout: str) -> None:
 
 
 def assert_good(bench: Bench, layout: str, answers: list[dict[str, Any]]) -> None:
-    """Whole answers that follow the layout's reference."""
+    """The answers are complete and follow the layout's reference."""
     errors, twin = bench.errors(answers, LAYOUTS[layout])
     assert errors.numel() == len(bench.prompts) * TOKENS
     assert_usual(errors, bench.usual(twin))

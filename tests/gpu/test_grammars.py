@@ -1,7 +1,7 @@
-"""Grammars across the hand-over: prefill samples the first token, decode the others, each with a grammar of its own.
+"""Grammars across the hand-over: prefill samples the first token, decode the others, each with its copy of the grammar.
 
-The reference is the plain PyTorch model in float32 under the same grammar: of the tokens that the grammar allows, a
-server must choose the one that the model likes best, but for its own rounding.
+The reference is the plain PyTorch model in float32 under the same grammar: except for rounding, a server must choose
+the likeliest of the tokens that the grammar allows.
 """
 
 import concurrent.futures
@@ -28,7 +28,7 @@ RESULTS = "SGLANG_TPLA_TEST_RESULTS"  # folder for the servers' logs
 XGRAMMAR = ("--grammar-backend", "xgrammar")
 TOKENS = 64
 DEADLINE_S = 60.0
-# Nats by which the reference may prefer another allowed token: bfloat16 now and then routes to another expert.
+# The nats by which the reference may prefer another allowed token: bfloat16 sometimes routes to another expert.
 MEAN_GAP = 0.1 if DEVICE == "cuda" else 1e-4
 SCHEMA = {
     "type": "object",
@@ -58,7 +58,7 @@ class Served:
     plain: PlainModel
 
     def ask(self, path: str, body: dict[str, Any]) -> list[httpx.Response]:
-        """Both servers' answers to a body, in a room of its own."""
+        """Return both servers' answers to a body, in a new room."""
         body = body | {
             "bootstrap_host": "127.0.0.1", "bootstrap_port": self.pair.bootstrap, "bootstrap_room": next(rooms)
         }  # fmt: skip
@@ -67,7 +67,7 @@ class Served:
             return list(pool.map(lambda server: server.post(path, body, DEADLINE_S), servers))
 
     def generate(self, prompt: list[int], grammar: dict[str, str]) -> dict[str, Any]:
-        """Decode's greedy answer under a grammar."""
+        """Return decode's greedy answer under a grammar."""
         body = request_body(prompt, TOKENS if grammar else 16)
         body["sampling_params"] |= grammar | {"ignore_eos": not grammar}
         answers = self.ask("/generate", body)
@@ -77,10 +77,10 @@ class Served:
 
     @torch.no_grad()
     def gaps(self, prompt: list[int], tokens: list[int], grammar: dict[str, str]) -> list[float]:
-        """By how much the reference prefers the best allowed token to each answered one, in nats.
+        """Return how much the reference prefers the best allowed token to each answered token, in nats.
 
         Raises:
-            AssertionError: a token that the grammar forbids.
+            AssertionError: the grammar forbids a token.
         """
         ids = torch.tensor([prompt + tokens], device=DEVICE)
         scores = self.plain.forward(ids[:, :-1])[0, len(prompt) - 1 :].float().cpu()  # [tokens, vocab]
@@ -98,7 +98,7 @@ class Served:
         return found
 
     def matcher(self, grammar: dict[str, str]) -> Any:
-        """xgrammar's own matcher of a grammar, or None for none."""
+        """Return xgrammar's own matcher of a grammar, or None if there is no grammar."""
         if not grammar:
             return None
         import xgrammar
@@ -140,7 +140,7 @@ def prompts(nano_mla: str) -> list[list[int]]:
 
 
 def is_valid(kind: str, text: str) -> bool:
-    """Whether a whole answer is in the grammar's language, judged without a grammar's engine."""
+    """Return whether a whole answer is in the grammar's language, judged without a grammar engine."""
     if kind == "regex":
         return re.fullmatch("[0-9]{3}-[ab]{2}", text) is not None
     if kind == "ebnf":
@@ -153,7 +153,7 @@ def is_valid(kind: str, text: str) -> bool:
 
 
 def test_answers_are_the_constrained_models(served: Served, prompts: list[list[int]]) -> None:
-    """All grammars, and requests without one, at the same time, so that they share decode's batches."""
+    """Requests with all grammars and without one run at the same time, so that they share decode's batches."""
     asked = [(kind, prompt) for kind in GRAMMARS for prompt in prompts]
     with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
         answers = list(pool.map(lambda one: served.generate(one[1], GRAMMARS[one[0]]), asked))
@@ -165,7 +165,7 @@ def test_answers_are_the_constrained_models(served: Served, prompts: list[list[i
             assert is_valid(kind, said["text"]), (kind, said["text"])
             whole[kind] += 1
     print("whole answers", whole, "mean gap", sum(gaps) / len(gaps), "largest", max(gaps))
-    # JSON may have any white space between its parts, for as long as the model likes; the others end.
+    # JSON may have any amount of white space between its parts, so its answers may not end; the others do.
     assert all(whole[kind] == len(prompts) for kind in ("regex", "ebnf")) and whole["json_schema"], whole
     assert sum(gaps) / len(gaps) <= MEAN_GAP, gaps
 
@@ -184,7 +184,7 @@ def test_a_chat_that_wants_json_is_answered_in_json(served: Served) -> None:
 
 
 def test_a_broken_grammar_fails_alone(served: Served, prompts: list[list[int]]) -> None:
-    """One 4xx from each server, while others are answered as before."""
+    """A broken grammar gets a 4xx from each server, while other requests are answered as before."""
     expected = [served.generate(prompt, GRAMMARS["regex"])["text"] for prompt in prompts]
     with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
         for wrong in BROKEN:

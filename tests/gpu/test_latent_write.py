@@ -9,7 +9,7 @@ from sglang_tpla.attention.cache_write import reference
 from sglang_tpla.attention.cache_write.write import write
 
 pytestmark = pytest.mark.gpu
-# of the written rows; bfloat16: a value on the border between two may round either way
+# Tolerances of the written rows; in bfloat16 a value on the border between two may round either way.
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 1e-3}
 
 
@@ -49,7 +49,7 @@ def test_kernel_equals_twin(
 
 @pytest.mark.parametrize("page_size", [1, 64])
 def test_slots_of_pages_and_32_bit_slots(page_size: int) -> None:
-    """Rows in the slots that an allocator of whole pages hands out; a pool beyond 2^31 values."""
+    """Rows go into the slots that an allocator of whole pages hands out, in a pool of more than 2^31 values."""
     rows = 2**31 // 320 + 4096
     cache = torch.empty(rows, 1, 320, dtype=torch.bfloat16, device="cuda")
     case = random_write(33, 512, 256, 64, True, torch.bfloat16, page_size, "cuda", 32)

@@ -1,4 +1,4 @@
-"""The Hopper kernel of sketched rows against float32 from the unpacked rows, fresh random inputs, poisoned outputs."""
+"""The Hopper kernels of sketched rows against float32 on the unpacked rows, with random inputs and poisoned outputs."""
 
 import random
 from dataclasses import replace
@@ -32,25 +32,25 @@ def even(scales: torch.Tensor) -> torch.Tensor:
 
 
 DEVICE = torch.device("cuda:0")
-# (d, g, r): widths from 64 to 512 in odd steps of 16, with and without padding, shared columns that end inside a step
+# (d, g, r): widths from 64 to 512 at odd multiples of 16, with and without padding; shared columns end inside a step.
 LAYOUTS = (
     (512, 1, 0), (512, 2, 64), (512, 4, 64), (512, 8, 64), (512, 8, 0), (512, 2, 416), (256, 2, 32), (448, 1, 0),
     (512, 16, 128), (424, 2, 40), (456, 4, 8), (512, 2, 96), (512, 2, 384), (512, 4, 320),
 )  # fmt: skip
-# (g, r, heads) of every form: values turned, by query rows, and tiles
+# (g, r, heads) of every form: turned values, values by query rows, and tiles.
 FORMS = ((1, 0, 16), (2, 64, 32), (4, 64, 64), (8, 64, 128), (2, 64, 64))
-# Of w_pad 272 to 320, which the form that unpacks tiles serves from 49 query rows on; sketches that end inside a piece
+# Layouts of w_pad 272 to 320, which the form that unpacks tiles serves from 49 query rows on. Sketches end in a piece.
 TILED_LAYOUTS = ((512, 2, 32), (512, 2, 64), (512, 2, 96), (448, 2, 112))
 
 
 @pytest.mark.parametrize(("d", "groups", "shared"), LAYOUTS)
 def test_right_for_every_layout(d: int, groups: int, shared: int) -> None:
-    """Sketches of 2, 3 and 4 bits, keys of 8 and 16, heads, query lengths and page sizes with each other."""
+    """Sketches of 2, 3 and 4 bits and keys of 8 and 16 bits are right with random heads, query lengths and pages."""
     dice = random.Random(d + groups + shared)
     for bits in (2, 3, 4):
         for rope_bits in (8, 16):
             rows = SketchedRows.of(d, groups, shared, 64, sketch_bits=bits, rope_bits=rope_bits)
-            if rows.row_bytes % 16:  # shorter than 256 bytes: refused, see below
+            if rows.row_bytes % 16:  # rows shorter than 256 bytes are refused, see below
                 continue
             for heads in dice.sample((8, 16, 32, 64, 128), 2):
                 query_len, page_size, lengths = dice.randint(1, 4), dice.choice((1, 64)), dice.choice(LENGTHS)
@@ -63,7 +63,7 @@ def test_right_for_every_layout(d: int, groups: int, shared: int) -> None:
 @pytest.mark.parametrize(("d", "groups", "shared"), TILED_LAYOUTS)
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_tiles_are_right(d: int, groups: int, shared: int, bits: int) -> None:
-    """Every layout with keys of 8 and 16 bits, with 49 to 128 query rows."""
+    """Every layout is right with keys of 8 and 16 bits and 49 to 128 query rows."""
     dice = random.Random(100 * shared + bits)
     for rope_bits in (8, 16):
         rows = SketchedRows.of(d, groups, shared, 64, sketch_bits=bits, rope_bits=rope_bits)
@@ -88,7 +88,7 @@ def test_bit_identical_on_repetition(groups: int, heads: int, lengths: list[int]
     [(512, 1, 0, 16, 1), (512, 2, 64, 16, 2), (512, 2, 64, 32, 2), (512, 4, 64, 64, 1), (424, 2, 40, 128, 3)],
 )
 def test_scores_far_above_all_before(d: int, groups: int, shared: int, heads: int, query_len: int) -> None:
-    """Keys that grow towards the end: the reference is raised again and again, in either warpgroup, in every form."""
+    """Keys grow towards the end, so either warpgroup raises the reference again and again, in every form."""
     rows = SketchedRows.of(d, groups, shared, 64)
     case = random_case(DecodeShape.of_sketched(rows, heads, query_len), [900, 64, 2000] * 8, 3)
     scales = case.kv_cache[:, rows.scales_offset :].view(torch.bfloat16)
@@ -100,7 +100,7 @@ def test_scores_far_above_all_before(d: int, groups: int, shared: int, heads: in
 
 
 def test_one_warpgroup_lags() -> None:
-    """A few scores are far above all before: a warpgroup of scores lags, and stages come free unevenly."""
+    """A few scores are far above all earlier ones, so a warpgroup of scores lags, and stages come free unevenly."""
     rows = SketchedRows.of(424, 2, 40, 64)
     shape = DecodeShape.of_sketched(rows, 128, 3)
     assert isinstance(variant_for(shape), SketchedVariant) and variant_for(shape).stages % 2  # a stage changes hands
@@ -110,7 +110,7 @@ def test_one_warpgroup_lags() -> None:
 @pytest.mark.parametrize("token", [70, 130, 899])
 @pytest.mark.parametrize(("groups", "shared", "heads"), FORMS)
 def test_one_score_outweighs_all(groups: int, shared: int, heads: int, token: int) -> None:
-    """A score hundreds above all others, for a third of the heads: the warpgroups' references lie far apart."""
+    """For a third of the heads, one score is hundreds above all others, so the warpgroups' references are far apart."""
     rows = SketchedRows.of(512, groups, shared, 64)
     case = random_case(DecodeShape.of_sketched(rows, heads), [900] * 64, 9)
     scales = case.kv_cache[:, rows.scales_offset :].view(torch.bfloat16)
@@ -121,13 +121,13 @@ def test_one_score_outweighs_all(groups: int, shared: int, heads: int, token: in
 
 @pytest.mark.parametrize("heads", [16, 64])
 def test_neighbours_of_very_different_size(heads: int) -> None:
-    """Of tokens that lie side by side one is up to 2^16 times as large as the other; all are wanted alike."""
+    """A token may be up to 2^16 times as large as its neighbour, and queries attend to all tokens equally."""
     rows = SketchedRows.of(512, 2, 64, 64)
     case = random_case(DecodeShape.of_sketched(rows, heads), [900, 64], 8)
     scales = case.kv_cache[:, rows.scales_offset :].view(torch.bfloat16)
     powers = 2.0 ** torch.randint(-16, 1, (len(scales), 1), device=DEVICE)
     scales[:, :3] = (scales[:, :3].float() * powers).to(torch.bfloat16)
-    # a query of zeros wants all alike, and of one request there is a small token alone
+    # A query of zeros attends to all tokens equally, and lengths of 1 leave a single token, which may be small.
     case = replace(case, q_latent=case.q_latent * 0.0, q_rope=case.q_rope * 0.0, lengths=case.lengths.clamp(max=1))
     assert relative_error(run_hopper(case), case.reference()) <= BAR
 
@@ -135,7 +135,7 @@ def test_neighbours_of_very_different_size(heads: int) -> None:
 @pytest.mark.parametrize(("groups", "heads"), [(4, 16), (2, 64)])
 @pytest.mark.parametrize("factor", [2.0**-60, 2.0**60])
 def test_queries_of_any_size(factor: float, groups: int, heads: int) -> None:
-    """Queries beyond float16's range, against keys that bring the scores back."""
+    """Queries may exceed float16's range if the keys bring the scores back into it."""
     rows = SketchedRows.of(512, groups, 64, 64)
     case = random_case(DecodeShape.of_sketched(rows, heads), [700, 130], 5)
     scales = case.kv_cache[:, rows.scales_offset :].view(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Calibration statistics of a prefill server: sums over the prompts that it served, as the PyTorch model has them.
+"""A prefill server's calibration statistics are the PyTorch model's sums over the prompts that the server computed.
 
 On a GPU SGLang would run prompts from CUDA graphs, in which the collector's Python does not run.
 """
@@ -15,7 +15,7 @@ from tests.e2e.prompts import short_prompts
 from tests.gpu.engine import ANY_WIDTH, DEVICE, PROMPT_ATTENTION, Engines
 
 pytestmark = pytest.mark.gpu
-BAR = 0.02 if DEVICE == "cuda" else 1e-4  # relative error of sums, of activations in bfloat16 there
+BAR = 0.02 if DEVICE == "cuda" else 1e-4  # relative error of the sums; activations on a GPU are bfloat16
 
 
 def test_statistics_are_those_of_the_prompts(nano_mla: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from sglang_tpla.attention.cache_write.inputs import CacheWrite
 
 @dataclass(frozen=True)
 class WriteCase:
-    """The inputs of a cache write; the cache holds NaN wherever no row is written."""
+    """The inputs of a cache write; the cache holds NaN before the write."""
 
     latent: torch.Tensor
     k_rope: torch.Tensor
@@ -23,7 +23,7 @@ class WriteCase:
     q_rope: torch.Tensor | None
 
     def write(self, eps: float, rotate: str | None = None, **changes: Any) -> CacheWrite:
-        """The input of the kernels and their twin; ``rotate`` is "halves", "pairs" or None."""
+        """Return the input of the kernels and their twin; ``rotate`` is "halves", "pairs" or None."""
         inputs = {field.name: getattr(self, field.name) for field in fields(self)}
         return CacheWrite(**(inputs | {"eps": eps, "neox": rotate == "halves"} | changes))
 
@@ -39,7 +39,7 @@ def random_write(
     device: str = "cpu",
     heads: int = 0,
 ) -> WriteCase:
-    """Make a random case; 0 heads make no queries.
+    """Make a random case, without queries if ``heads`` is 0.
 
     ``latent`` and ``k_rope`` are columns of one matrix, as the joint down-projection leaves them. The queries' rope
     part is the last columns of each head.

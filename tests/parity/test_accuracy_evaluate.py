@@ -1,4 +1,4 @@
-"""The evaluation: each figure against a direct computation, the command, and two live endpoints."""
+"""The evaluation is tested against direct computations of each figure, as a command, and with two live endpoints."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_generation_is_greedy_and_sampling_is_seeded(nano_model: PlainModel, tok
     prompts = tokens[:, :20]
     text = generate(nano_model, prompts, 12)
     assert torch.equal(text[:, :20], prompts)
-    # each token is what a whole forward of the text before it would choose
+    # Each token is the choice of a whole forward over the text before it.
     assert torch.equal(nano_model.forward(text).argmax(-1)[:, 19:-1], text[:, 20:])
     one, two = (generate(nano_model, prompts, 12, temperature=1.0, seed=seed) for seed in (1, 2))
     assert torch.equal(one, generate(nano_model, prompts, 12, temperature=1.0, seed=1))
@@ -96,13 +96,13 @@ def test_generation_is_greedy_and_sampling_is_seeded(nano_model: PlainModel, tok
 def test_agreement_is_where_a_greedy_tpla_answer_departs(nano_model: PlainModel, maps, tokens) -> None:
     _, agreement = long_answers(nano_model, maps, tokens[:, :30], 24)
     for row in range(2):
-        # decode greedily through the slices, one whole pass a token
+        # Decode greedily through the slices, with one whole pass a token.
         mla, tpla = tokens[row : row + 1, :30], tokens[row : row + 1, :30]
         mla = generate(nano_model, mla, 24)
         agreed = 0
         for step in range(24):
             tpla = torch.cat([tpla, mla[:, 30 + step : 31 + step]], 1)
-            # the token after position 30 + step is the first that decoding chose
+            # The token after position 30 + step is the first that decoding chose.
             chosen = nano_model.forward(tpla, maps=maps, prompt_tokens=30)[:, -1].argmax(-1, keepdim=True)
             exact = nano_model.forward(mla[:, : 31 + step])[:, -1].argmax(-1, keepdim=True)
             if not torch.equal(chosen, exact):
@@ -183,7 +183,7 @@ def test_sketched_rows_beside_the_paper_s_recipe_and_plain_mla(tmp_path: Path) -
 
 
 def test_a_corpus_that_calibrates_is_enough_to_evaluate(tmp_path: Path) -> None:
-    """The paper's recipe takes what calibration text there is: flags for fewer tokens are those of held-out text."""
+    """The paper's recipe takes all calibration text if there is little; flags for fewer tokens mean held-out text."""
     (tmp_path / "corpus").mkdir()
     for number in range(16):
         words = " ".join(f"word {place * number}" for place in range(150))
@@ -198,7 +198,7 @@ def test_a_corpus_that_calibrates_is_enough_to_evaluate(tmp_path: Path) -> None:
 
 
 def test_the_paper_s_recipe_takes_a_text_of_few_different_tokens(nano_model: PlainModel) -> None:
-    """Rounding leaves less than nothing of directions that no token takes, and no map is complex for that."""
+    """Rounding makes the energy of directions that no token takes negative, and yet no map becomes complex."""
     moments = LayerMoments.zeros(128, 8, 32)
     gamma = nano_model.layers[0].attention.kv_norm.double()
     energies = torch.full((128,), -1e-17, dtype=torch.float64)
@@ -213,7 +213,7 @@ def test_the_paper_s_recipe_takes_a_text_of_few_different_tokens(nano_model: Pla
 
 
 def test_the_paper_s_recipe_takes_a_norm_with_a_zero(nano_model: PlainModel) -> None:
-    """What such a channel was before the norm cannot be known, and nobody needs to."""
+    """The channel's value before the norm cannot be known, and is not needed."""
     layer = nano_model.layers[0]
     gamma = layer.attention.kv_norm.clone()
     gamma[7] = 0
@@ -225,7 +225,7 @@ def test_the_paper_s_recipe_takes_a_norm_with_a_zero(nano_model: PlainModel) -> 
     model = SimpleNamespace(layers=[dead], device=nano_model.device, dtype=nano_model.dtype)
     ((slicer, _, back),) = paper_layers(model, statistics, 1)[0]  # type: ignore[arg-type]
     found = slicer(latent) @ back
-    angle = torch.nn.functional.cosine_similarity(found, latent, dim=-1)  # one group differs in length alone
+    angle = torch.nn.functional.cosine_similarity(found, latent, dim=-1)  # one group changes the length only
     assert found.isfinite().all() and found[..., 7].abs().max() == 0 and angle.min() > 0.9999
 
 
@@ -241,7 +241,7 @@ def test_questions_to_live_servers_are_counted_token_by_token() -> None:
 
 @contextmanager
 def saying(tokens: list[int], tops: list[dict[int, float]]) -> Iterator[str]:
-    """Serve /generate with a fixed list of tokens and alternatives. Yields the URL."""
+    """Serve /generate with a fixed list of tokens and alternatives, and yield the URL."""
     meta = {
         "output_token_logprobs": [[tops[i][t], t, None] for i, t in enumerate(tokens)],
         "output_top_logprobs": [[[lp, t, None] for t, lp in top.items()] for top in tops],

@@ -1,4 +1,4 @@
-"""Decode-phase accuracy of the shipped artifact on held-out text, beside the transforms it replaces."""
+"""Decode-phase accuracy of the shipped artifact on held-out text, compared with the transforms that it replaces."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.shipped import ARTIFACT
 
 
 def test_shipped_artifact_is_within_its_bar(nano_model: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
-    """The KL of a token is at most 0.02 over 8,192 decoded tokens, and far below the paper's transforms."""
+    """The KL a token is at most 0.02 over 8,192 decoded tokens, and far below that of the paper's transforms."""
     text = read_text(TextPlan(calibration_tokens=16384, held_out_tokens=8192), nano_model.checkpoint)
     shipped = Artifact.load(ARTIFACT)
     assert shipped.meta.seed == 0  # so that this text was held out from it
@@ -31,7 +31,7 @@ def test_shipped_artifact_is_within_its_bar(nano_model: PlainModel, capsys: pyte
 
 
 def test_sketched_rows_are_near_exact_at_half_the_bytes(nano_model: PlainModel) -> None:
-    """Two and four groups, and one: plain MLA with an 8-bit cache. Bounds leave room for 4,096 tokens of text."""
+    """One group (plain MLA with an 8-bit cache), two and four. The bounds leave room for the noise of 4,096 tokens."""
     text = read_text(TextPlan(calibration_tokens=16384, held_out_tokens=4096), nano_model.checkpoint)
     statistics = collect_statistics(nano_model, text, 0, show_progress=False)
     spec = nano_model.spec

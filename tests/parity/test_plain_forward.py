@@ -1,4 +1,4 @@
-"""The plain forward against transformers' models, and its TPLA mode against a loop from the equations."""
+"""The plain forward is tested against transformers' models, and its TPLA mode against a loop from the equations."""
 
 import json
 import math
@@ -69,7 +69,7 @@ def save_random(kind: str, path: Path, **changes: object):
     model = model_class(config).eval().float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # the default 0.02 leaves attention uniform, which would hide a wrong scale
+            # The default 0.02 leaves attention uniform, which would hide a wrong scale.
             if parameter.dim() > 1:
                 parameter.normal_(0, 1.5 / math.sqrt(parameter.shape[-1]))
             elif "norm" in name:
@@ -163,7 +163,7 @@ def test_teacher_forced_tpla_equals_token_by_token(groups: int, tmp_path: Path) 
     expected = decode_by_the_book(model, tokens, maps, prompt=9)
     found = model.forward(tokens[None], maps=maps, prompt_tokens=9)[0]
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
-    # the prompt is plain MLA, and the rest is not
+    # The prompt goes through plain MLA, and the rest does not.
     plain = model.forward(tokens[None])[0]
     torch.testing.assert_close(found[:9], plain[:9], atol=1e-4, rtol=1e-4)
     assert (found[9:] - plain[9:]).abs().max() > 0.1
@@ -227,7 +227,7 @@ def test_a_tensor_cut_short_is_named(tail: str, nano_model: PlainModel, tmp_path
 
 
 def test_weights_stored_as_integers_are_refused(nano_model: PlainModel, tmp_path: Path) -> None:
-    """8-bit integers have the shape of their weights, and would pass for weights a hundred times as large."""
+    """8-bit integers have the shape of the weights, and would pass for weights a hundred times as large."""
     weights = load_file(NANO / "model.safetensors")
     name = "model.layers.1.self_attn.kv_b_proj.weight"
     step = weights[name].float().abs().amax(1, keepdim=True) / 127
@@ -244,13 +244,13 @@ def test_a_head_of_its_own_is_not_replaced_by_the_embedding(nano_model: PlainMod
         PlainModel(save(tmp_path / "lost", config | {"tie_word_embeddings": False}, weights, str(NANO)))
     tied = PlainModel(save(tmp_path / "tied", config | {"tie_word_embeddings": True}, weights, str(NANO)))
     assert torch.equal(tied.lm_head, tied.embedding)
-    weights["lm_head.weight"] = torch.zeros_like(weights["model.embed_tokens.weight"])  # SGLang leaves it out, too
+    weights["lm_head.weight"] = torch.zeros_like(weights["model.embed_tokens.weight"])  # SGLang ignores it, too
     tied = PlainModel(save(tmp_path / "stale", config | {"tie_word_embeddings": True}, weights, str(NANO)))
     assert torch.equal(tied.lm_head, tied.embedding)
 
 
 def test_tensors_of_another_model_are_left_out(nano_model: PlainModel, tmp_path: Path) -> None:
-    """SGLang loads the names that it knows and warns of others, such as those of a draft head beside the model."""
+    """SGLang loads the names that it knows and warns of others, such as those of a draft head in the same folder."""
     config, weights = nano_model.checkpoint.config, load_file(NANO / "model.safetensors")
     name = "layers.0.self_attn.kv_b_proj.weight"
     weights[f"draft.{name}"] = torch.zeros_like(weights[f"model.{name}"])

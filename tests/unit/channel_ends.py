@@ -13,7 +13,7 @@ Pair = tuple[socket.socket, socket.socket]
 
 @contextlib.contextmanager
 def socket_pair() -> Iterator[Pair]:
-    """Two connected sockets that do not block, with small buffers."""
+    """Yield two connected sockets that do not block, with small buffers."""
     near, far = socket.socketpair()
     with near, far:
         for end in (near, far):
@@ -23,14 +23,14 @@ def socket_pair() -> Iterator[Pair]:
 
 
 def in_pieces(payload: bytes | np.ndarray, count: int) -> IoVec:
-    """Cut a payload into ``count`` pieces, none of which ends where a page does."""
+    """Cut a payload into ``count`` pieces, whose ends are not at page boundaries."""
     memory = np.frombuffer(payload, dtype=np.uint8) if isinstance(payload, bytes) else payload
     parts = [one_piece(part) for part in np.array_split(memory, count) if part.size]
     return IoVec(np.concatenate([part.table for part in parts]), memory)
 
 
 def random_chunks(count: int) -> list[tuple[bytes, bytes]]:
-    """Headers and payloads of random sizes."""
+    """Return headers and payloads of random sizes."""
     random = np.random.default_rng(0)
     sizes = [(int(random.integers(14, 300)), int(random.integers(1, 60000))) for _ in range(count)]
     return [(random.bytes(header), random.bytes(payload)) for header, payload in sizes]

@@ -1,11 +1,11 @@
-"""What the blocks of all three kernels have: a part of the plan (``parts.cuh``), a share of a merge (``merge.cuh``)."""
+"""The model's code for all three kernels: a block's part of the plan (``parts.cuh``) and of a merge (``merge.cuh``)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ring_machine import Block, Memory, Steps
 
-WARPS = range(4)  # of a warpgroup
+WARPS = range(4)  # the warps of a warpgroup
 CONSUMERS = range(8)  # warps that merge
 
 
@@ -14,8 +14,8 @@ class Work:
     """A block's part of the plan.
 
     Args:
-        tiles: the tiles of each segment; an empty request has none. whole: whether a segment is all of its request.
-        over: each (segment, tile, attempt, warp) with a score so far above all before that it asks for a second try.
+        tiles: the tiles of each segment; an empty request has none. whole: whether a segment is its whole request.
+        over: each (segment, tile, attempt, warp) with a score so far above all earlier ones that it needs another try.
     """
 
     tiles: Sequence[int]
@@ -35,7 +35,7 @@ class MergingBlock(Block):
         self.work = work
         self.consumers = self.named_barrier("sync_consumers", 8)
         self.query = Memory("query")
-        self.shared = Memory("merge")  # the last segment that is a part of its request
+        self.shared = Memory("merge")  # holds the last segment that is only a part of its request
 
     def hand_over(self, segment: int, consumer: int) -> Steps:
         """``hand_over()`` and ``announce()``."""
@@ -44,7 +44,7 @@ class MergingBlock(Block):
             yield from self.shared.write("segment", segment)
 
     def merge(self, consumer: int) -> Steps:
-        """``merge()``, which adds up in the query's memory, with the barrier before it."""
+        """``merge()``, which adds up in the query's memory, and the barrier before it."""
         parts = [segment for segment, whole in enumerate(self.work.whole) if not whole and self.work.tiles[segment]]
         yield from self.consumers.sync(consumer)
         yield from self.shared.read(["segment"], parts[-1] if parts else None)

@@ -1,7 +1,7 @@
 """The warps of the kernel for bfloat16 rows: ``latent_decode.cu``, ``gather.cuh``, ``attend.cuh``, ``turns.cuh``.
 
 A stage of the ring is a tile of 64 tokens, which all four warps of the producer fill. Two warpgroups of consumers
-compute scores and values: of alternate tiles in mode tokens, both of every tile in modes rows and width.
+compute scores and values: of alternate tiles in mode tokens, and each of every tile in modes rows and width.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class LatentBlock(MergingBlock):
     """``latent_decode()``.
 
     Args:
-        stages: STAGES, of tiles. mode: tokens, rows or width.
+        stages: STAGES, each one tile. mode: tokens, rows or width.
     """
 
     def __init__(self, seed: int, work: Work, stages: int, mode: str) -> None:
@@ -28,7 +28,7 @@ class LatentBlock(MergingBlock):
         self.turns = [self.named_barrier(f"the turn of group {group}", 8) for group in range(2)]
         self.ring = Memory("ring")  # (stage, producer warp): (segment, tile)
         self.slots = Memory("slots")  # (chunk % 2, producer warp): (segment, first tile)
-        # Of the query's memory each cell is an eighth: the segment, or sums that join() exchanges.
+        # Each cell is an eighth of the query's memory: it holds the segment, or sums that join() exchanges.
         for warp in WARPS:
             self.start(f"producer warp {warp}", self.produce(warp, self.copies(f"producer warp {warp}")))
             for group in range(2):
@@ -63,7 +63,7 @@ class LatentBlock(MergingBlock):
     # attend.cuh
 
     def read_stage(self, slot: int, segment: int, tile: int) -> Steps:
-        """Scores or values of a tile, from the queueing of wgmma to the end of the wait for it."""
+        """Compute scores or values of a tile: from the queueing of wgmma to the end of the wait for it."""
         yield from self.ring.read([(slot, warp) for warp in WARPS], (segment, tile))
 
     def attend(self, group: int, segment: int, base: int) -> Steps:
@@ -78,7 +78,7 @@ class LatentBlock(MergingBlock):
             yield from self.empty[at.slot].arrive()
 
     def join(self, group: int, warp: int, segment: int) -> Steps:
-        """``join()``: through the query's memory."""
+        """``join()``, which goes through the query's memory."""
         ours, theirs = group * 4 + warp, (1 - group) * 4 + warp
         yield from self.consumers.sync(ours)
         for turn in range(2):

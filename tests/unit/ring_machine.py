@@ -1,6 +1,6 @@
-"""A block of a GPU, as far as the rings of the Hopper kernels need one: warps, barriers, shared memory, copies.
+"""A model of a GPU's block, as far as the rings of the Hopper kernels need it: warps, barriers, shared memory, copies.
 
-A warp is a generator that is written line by line after its CUDA function. Whatever other warps may notice is a
+A warp is a generator, written line by line after its CUDA function. Every effect that other warps may notice is a
 ``yield from`` of one of these operations, and between any two of them other warps may run for as long as they can:
 
     barrier.wait(phase), barrier.arrive()     an mbarrier; it counts warps here, and threads in CUDA
@@ -9,12 +9,12 @@ A warp is a generator that is written line by line after its CUDA function. What
     memory.read(keys, content)                a load or a wgmma, which takes a while and must see ``content``
     copies.copy(...), copies.arrive(barrier)  cp.async and cp.async.mbarrier.arrive.noinc of one producer warp
 
-A cell of memory holds the name of what was written to it, such as (segment, tile, half), so that a reader knows whether
-it sees its own tile. Three things end a schedule with `RingError`: a read that sees something else, a wait that takes
-one phase for another, and a state in which no warp can move.
+A cell of memory holds the name of its content, such as (segment, tile, half), so that a reader knows whether it sees
+the right tile. Three things end a schedule with `RingError`: a read that sees other content, a wait that takes one
+phase for another, and a state in which no warp can move.
 
-The model knows nothing of lanes: those of a warp move together, and so do their copies. The warps of a warpgroup do
-not, not even at a wgmma, since PTX does not call one a barrier. Fences between proxies are not modelled either.
+The model has no lanes: the lanes of a warp move together, and so do their copies. The warps of a warpgroup do not move
+together, not even at a wgmma, since PTX does not call that a barrier. Fences between proxies are not modelled either.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ import random
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable
 
-# What a warp waits for; None: it can go on.
+# The condition for which a warp waits; None means that the warp can go on.
 Condition = Callable[[], bool] | None
 Steps = Generator[Condition, None, None]
 Answer = Generator[Condition, None, bool]
 
 
 class RingError(Exception):
-    """A schedule by which the kernel would compute something wrong or never end."""
+    """With this schedule, the kernel would compute something wrong or never end."""
 
 
 class Barrier:
     """An mbarrier: it counts arrivals, and the last one of a phase completes the phase and begins the next.
 
-    CUDA's wait names a parity and returns as soon as the current phase has the other one, so it cannot tell a phase
-    from those two before and after it. The kernels keep the parity alone. Warps of the model keep the number, so that a
-    wait that goes wrong is found at once, even where nothing would come of it in this schedule. A ``trusting`` barrier
-    goes by the parity alone, as the hardware does, and shows what comes of it.
+    CUDA's wait names a parity and returns as soon as the current phase has the other parity, so a wait cannot tell a
+    phase from the ones two earlier and two later. The kernels keep only the parity. Warps of the model keep the number,
+    so that a wrong wait is found at once, even if it has no consequences in this schedule. A ``trusting`` barrier uses
+    only the parity, as the hardware does, and shows the consequences.
     """
 
     def __init__(self, name: str, arrivals: int, trusting: bool = False) -> None:
@@ -101,14 +101,14 @@ class NamedBarrier:
 
 
 class Memory:
-    """A piece of shared memory: what each of its cells holds. A cell is what one warp writes at a time."""
+    """A piece of shared memory, as the contents of its cells. A cell is the memory that one warp writes at a time."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.cells: dict[Hashable, object] = {}
 
     def begin(self, key: Hashable) -> object:
-        """Begin a write: until it has ended the cell holds something that no reader expects."""
+        """Begin a write: until the write has ended, the cell holds an object that no reader expects."""
         self.cells[key] = under_way = object()
         return under_way
 
@@ -124,7 +124,7 @@ class Memory:
         yield None
 
     def expect(self, keys: Iterable[Hashable], content: object) -> None:
-        """Check what a reader sees. A read that takes a while is two of these with other operations between."""
+        """Check the content that a reader sees. A read that takes a while is two checks with operations between."""
         for key in keys:
             if (seen := self.cells.get(key)) != content:
                 what = "a write under way" if type(seen) is object else seen
@@ -138,11 +138,11 @@ class Memory:
 
 
 class Copies:
-    """The asynchronous copies of a warp: they land later, in the order in which they began."""
+    """The asynchronous copies of a warp, which complete later, in the order in which they began."""
 
     def __init__(self) -> None:
         self.under_way: deque[Callable[[], None]] = deque()
-        self.groups = 0  # begun and not landed
+        self.groups = 0  # groups that have begun and are not complete
 
     def copy(self, memory: Memory, key: Hashable, content: object) -> Steps:
         token = memory.begin(key)
@@ -150,7 +150,7 @@ class Copies:
         yield None
 
     def arrive(self, barrier: Barrier) -> Steps:
-        """Arrive once all copies before have landed."""
+        """Arrive once all earlier copies are complete."""
         self.under_way.append(barrier.count)
         yield None
 
@@ -165,14 +165,14 @@ class Copies:
         yield lambda: self.groups <= pending
 
     def land(self) -> Steps:
-        """The memory system's part."""
+        """Complete copies, as the memory system does."""
         while True:
             yield lambda: bool(self.under_way)
             self.under_way.popleft()()
 
 
 class Role:
-    """A warp, or the memory system on its behalf, which may have work left for ever."""
+    """A warp, or the memory system on a warp's behalf; only the latter may be left with work at the end."""
 
     def __init__(self, name: str, steps: Steps, endless: bool) -> None:
         self.name, self.steps, self.endless = name, steps, endless
@@ -185,10 +185,10 @@ class Role:
 class Block:
     """The warps of a block, and their schedule.
 
-    The scheduler keeps the warps in a list, lets the first one that can move take a step, and now and then puts one in
-    another place. A warp at the end of the list starves; the one at its head runs until it has to wait. How often a
-    warp changes places is drawn for each schedule, from at every step to hardly ever. (Priorities that change at a few
-    random points are the method of Burckhardt et al., ASPLOS 2010.)
+    The scheduler keeps the warps in a list, lets the first warp that can move take a step, and sometimes moves a warp
+    to another place. A warp at the end of the list starves; the warp at its head runs until it has to wait. Each
+    schedule draws how often a warp is moved, from at every step to hardly ever. (Priorities that change at a few random
+    points are the method of Burckhardt et al., ASPLOS 2010.)
     """
 
     def __init__(self, seed: int, trusting: bool = False) -> None:
@@ -214,10 +214,10 @@ class Block:
         self.roles.append(Role(name, steps, endless=False))
 
     def run(self) -> int:
-        """Run all warps to their ends; the number of steps.
+        """Run all warps to their ends, and return the number of steps.
 
         Raises:
-            RingError: what a kernel that ran by this schedule would have got wrong.
+            RingError: a kernel with this schedule would go wrong; the message says how.
         """
         chance = 10 ** self.random.uniform(-2.5, 0)
         self.random.shuffle(self.roles)
@@ -246,7 +246,7 @@ class Block:
 
 
 class Place:
-    """Where a warp stands in a ring: its stage and the number of its round, whose parity is CUDA's ``phase``."""
+    """A warp's position in a ring: its stage and the number of its round, whose parity is CUDA's ``phase``."""
 
     def __init__(self, stages: int, number: int = 0) -> None:
         self.stages = stages

@@ -1,9 +1,9 @@
 """The warps of the kernel for sketched rows: ``sketched_decode.cu`` and the other ``sketched_*``.
 
 A stage of the ring is half a tile, of 32 tokens. Warps 0 and 1 of the producer fill the first halves, warps 2 and 3
-the second ones, 16 tokens each. Two warpgroups of scores take alternate tiles, and each of their warps reads what one
-producer warp has copied. A warpgroup of values takes all tiles: from the raw rows (turned), which it gives back, or
-from what the scores have unpacked (ROW_VALUES); then the scores give the raw rows back.
+the second halves, 16 tokens each. Two warpgroups of scores take alternate tiles, and each of their warps reads the rows
+that one producer warp has copied. A warpgroup of values takes all tiles: with turned values it reads the raw rows and
+frees them; with ROW_VALUES it reads the rows that the scores have unpacked, and the scores free the raw rows.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from ring_common import CONSUMERS, WARPS, MergingBlock, Work
 from ring_machine import Answer, Copies, Memory, Place, RingError, Steps
 
-EARLY = 1  # kEarly: half tiles that a warp copies before the query has come
+EARLY = 1  # kEarly: half tiles that a warp copies before the query has arrived
 
 
 @dataclass
 class Counts:
-    """What a warp of scores counts over all segments: its tries at tiles, and its tiles."""
+    """The counts of a warp of scores over all segments: its tries at tiles, and its tiles."""
 
     tries: int = 0
     done: int = 0
@@ -28,7 +28,7 @@ class SketchedBlock(MergingBlock):
     """``sketched_decode()``.
 
     Args:
-        stages: STAGES, of half tiles. row_values: ROW_VALUES. trusting: see `Barrier`.
+        stages: STAGES, each half a tile. row_values: ROW_VALUES. trusting: see `Barrier`.
     """
 
     def __init__(self, seed: int, work: Work, stages: int, row_values: bool, trusting: bool = False) -> None:
@@ -80,7 +80,7 @@ class SketchedBlock(MergingBlock):
             yield from self.producers.sync(warp)
 
     def load_query(self, segment: int, first: bool, consumer: int) -> Steps:
-        """``load_query()``; ``consumer`` counts warps. Each orders what another has copied."""
+        """``load_query()``; ``consumer`` counts warps. Each warp puts into order the query that another has copied."""
         if consumer == 0:
             yield from self.largest.write("zero", segment)
         yield from self.all.sync(consumer)
@@ -98,7 +98,7 @@ class SketchedBlock(MergingBlock):
     # sketched_scores.cuh
 
     def sync_any(self, group: int, warp: int, turn: int, over: bool) -> Answer:
-        """``sync_any()``: whether one of the warps votes for a second try."""
+        """``sync_any()``, which returns whether one of the warps votes for a second try."""
         yield from self.votes.write((group, turn, warp), over)
         yield from self.groups[group].sync(warp)
         votes = [self.votes.cells.get((group, turn, voter)) for voter in WARPS]
@@ -106,12 +106,12 @@ class SketchedBlock(MergingBlock):
         return True in votes
 
     def find_starts(self, group: int, warp: int, segment: int) -> Steps:
-        """``find_starts()``: each warp works out a part."""
+        """``find_starts()``, of which each warp computes a part."""
         yield from self.starts.write(4 * group + warp, segment)
         yield from self.consumers.sync(4 * group + warp)
 
     def offer_and_settle(self, group: int, warp: int, start: bool, offered: object) -> Steps:
-        """``offer()`` and ``settle()``: the warps of a warpgroup agree on a reference, at a segment's start of both."""
+        """``offer()`` and ``settle()``: a warpgroup, or both at a segment's start, agree on a reference."""
         yield from self.exchange.write((group, warp), offered)
         yield from self.consumers.sync(4 * group + warp) if start else self.groups[group].sync(warp)
         yield from self.exchange.read([(g, w) for g in ((0, 1) if start else (group,)) for w in WARPS], offered)
@@ -199,7 +199,7 @@ class SketchedBlock(MergingBlock):
             yield from self.used[group].arrive()
 
     def store(self, warp: int, segment: int) -> Steps:
-        """``store()`` of both forms: `largest_values()` of warp 0 lie where scores publish their reference."""
+        """``store()`` of both forms: warp 0 puts `largest_values()` where scores publish their reference."""
         if not self.row_values:
             if warp == 0:
                 yield from self.published.write(0, ("largest values", segment))

@@ -1,7 +1,8 @@
 """The warps of the kernel that unpacks tiles of sketched rows: ``tiles_decode.cu`` and the other ``tiles_*``.
 
-Eight warps copy raw rows to memory of their own, and unpack eight rows of each tile to a ring of two tiles: first the
-keys, then the values, which have barriers of their own. One warpgroup computes scores and reads both, one values.
+Each of eight warps copies raw rows to its part of memory, and unpacks eight rows of each tile to a ring of two tiles:
+first the keys, then the values, with separate barriers. One warpgroup computes scores, and reads keys and values;
+another computes values.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class TilesBlock(MergingBlock):
     # tiles_fill.cuh
 
     def fill(self, warp: int, copies: Copies) -> Steps:
-        """``fill()``: as soon as a tile's keys have been unpacked, the next one's are copied, and then its values."""
+        """``fill()``: once a tile's keys are unpacked, the next tile's keys are copied, and the values likewise."""
         walk = iter([(segment, tile) for segment, tiles in enumerate(self.work.tiles) for tile in range(tiles)])
         at = Place(STAGES)
         current = next(walk, None)
@@ -138,7 +139,7 @@ class TilesBlock(MergingBlock):
         for segment, tiles in enumerate(self.work.tiles):
             if tiles == 0:
                 continue
-            fresh = [self.random.random() < 0.2 for _ in range(tiles)]  # each warp for itself
+            fresh = [self.random.random() < 0.2 for _ in range(tiles)]  # each warp decides alone
             yield from self.load_query(segment, warp)
             yield from self.attend(warp, segment, at, done, fresh)
             done += tiles

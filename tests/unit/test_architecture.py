@@ -1,4 +1,4 @@
-"""The edges of the house: which folder may import which, what may import SGLang, and the one base of exceptions.
+"""The package's rules: which folder may import which, what may import SGLang, and the common base of exceptions.
 
 Imports are read from the syntax trees, those inside functions too, so that a lazy import cannot hide an edge.
 """
@@ -19,25 +19,25 @@ FOLDERS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 
 @cache
 def allowed() -> dict[str, set[str]]:
-    """Folder -> parts of the package that docs/architecture.md lets it import."""
+    """Return for each folder the parts of the package that docs/architecture.md lets it import."""
     rows = re.findall(r"^\| `(\w+)/` \|.*\|([^|]*)\|$", (ROOT / "docs" / "architecture.md").read_text(), re.M)
     return {folder: {*re.findall(r"`(\w+)`", names), "errors", folder} for folder, names in rows}
 
 
 @cache
 def imports() -> dict[str, frozenset[str]]:
-    """Module -> every module that it imports, by full names."""
+    """Return for each module every module that it imports, by full names."""
     trees = {module_name(path): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
     return {name: frozenset(imported(tree, trees)) for name, tree in trees.items()}
 
 
 def module_name(path: Path) -> str:
-    """The dotted name of a file of the package."""
+    """Return the dotted name of a file of the package."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imported(tree: ast.Module, modules: dict[str, ast.Module]) -> Iterator[str]:
-    """Names of the modules that a syntax tree imports."""
+    """Yield the names of the modules that a syntax tree imports."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -77,7 +77,7 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 
 def test_only_the_compat_module_knows_how_a_release_spells_its_arguments() -> None:
-    """One module reads the arguments that later releases of SGLang lack, or code would break only beside those."""
+    """One module reads the arguments that later releases of SGLang lack; other code would break only with those."""
     gone = {"get_model_config", "get_attention_backends", "ps"}
     found = [
         f"{path.relative_to(ROOT)}:{node.lineno} .{node.attr}"
@@ -89,7 +89,7 @@ def test_only_the_compat_module_knows_how_a_release_spells_its_arguments() -> No
     assert not found, f"{found}: use sglang_tpla.host.compat, or get_parallel()"
 
 
-BLOCKING = {"zmq", "threading", "socket", "time"}  # what the state of an agent does without
+BLOCKING = {"zmq", "threading", "socket", "time"}  # modules that the state of an agent must not import
 STATE = ["decode.rooms", "decode.credits", "decode.coverage", "prefill.rooms", "prefill.ended_rooms", "prefill.lanes"]
 AGENTS = ["decode", "prefill"]
 
@@ -101,13 +101,13 @@ def test_state_neither_waits_nor_sends(module: str) -> None:
 
 
 def transfer_trees(folder: str = "") -> dict[Path, ast.Module]:
-    """Files of transfer/, or of a folder in it."""
+    """Return the syntax trees of transfer/, or of a folder in it."""
     paths = (PACKAGE / "transfer" / folder).rglob("*.py")
     return {path: ast.parse(path.read_text()) for path in paths}
 
 
 def test_no_class_of_transfer_inherits_from_another() -> None:
-    """Parts are owned. Exceptions and wire messages, which have no behaviour, may have a common base."""
+    """An agent owns its parts instead. Exceptions and wire messages have no behaviour and may have a common base."""
     classes = [node for tree in transfer_trees().values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     behaving = {node.name for node in classes if not node.name.endswith(("Error", "Message"))}
     bases = {ast.unparse(base).split("[")[0] for node in classes for base in node.bases}
@@ -115,7 +115,7 @@ def test_no_class_of_transfer_inherits_from_another() -> None:
 
 
 def test_no_module_reaches_for_what_is_private_to_another() -> None:
-    """In host/, what counts is private to ours: SGLang's own private names are the ledger's affair."""
+    """In host/, only our private names count: the ledger watches SGLang's private names."""
     trees = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
     ours, reached = set(), set()
     for path, node in ((path, node) for path, tree in trees.items() for node in ast.walk(tree)):
@@ -132,7 +132,7 @@ def test_no_module_reaches_for_what_is_private_to_another() -> None:
 
 
 def test_one_module_reads_a_models_config() -> None:
-    """Others that name ``config.json`` hand its path to that module, and parse nothing themselves."""
+    """Other modules that name ``config.json`` hand its path to that module, and do not parse it."""
     reads = {
         module_name(path)
         for path in PACKAGE.rglob("*.py")
@@ -140,7 +140,7 @@ def test_one_module_reads_a_models_config() -> None:
         if any(isinstance(node, ast.Constant) and node.value == "config.json" for node in nodes)
         and any(isinstance(node, ast.Attribute) and ast.unparse(node) in ("json.load", "json.loads") for node in nodes)
     }
-    checkpoint = "sglang_tpla.reference_model.checkpoint"  # which parses the index of its tensors
+    checkpoint = "sglang_tpla.reference_model.checkpoint"  # parses its tensors' index
     assert "read_config" in (PACKAGE / "reference_model" / "checkpoint.py").read_text()
     assert reads - {checkpoint} == {"sglang_tpla.reference_model.config_file"}
 
@@ -172,7 +172,7 @@ def test_each_attribute_of_the_state_is_written_by_one_module(folder: str) -> No
 
 
 def test_the_simulation_patches_no_constructor_and_no_clock() -> None:
-    """It hands in its own threads, time and sockets; C alone, which knows the system's sockets only, is left out."""
+    """The simulation hands in its threads, time and sockets; only C is off, because it needs the system's sockets."""
     patched = [
         ast.unparse(node)
         for path in (ROOT / "tests" / "wire").glob("simul*.py")
@@ -182,7 +182,7 @@ def test_the_simulation_patches_no_constructor_and_no_clock() -> None:
     assert patched == ["mock.patch('sglang_tpla.transfer.memory.native.library', return_value=None)"]
 
 
-# How a process is told to end is no error.
+# This exception tells a process to end, and is no error.
 NOT_ERRORS = {"StopRequested"}
 
 

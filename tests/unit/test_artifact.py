@@ -1,4 +1,4 @@
-"""The artifact file: what is written is what is read, and nothing damaged or foreign gets through."""
+"""The artifact file reads back as it was written, and damaged or foreign files are refused."""
 
 import json
 import random
@@ -103,7 +103,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 def test_a_flipped_bit_is_refused_wherever_it_is(tmp_path: Path) -> None:
-    """None of the file's bits can change unnoticed: not those of numbers, which would be other numbers, either."""
+    """No bit of the file can change unnoticed, not even the bits of numbers, which would still be numbers."""
     path = tmp_path / "a.safetensors"
     make_artifact().save(path)
     whole = path.read_bytes()
@@ -130,7 +130,7 @@ def test_content_hash_follows_every_part(tmp_path: Path) -> None:
         maps = _maps(artifact)
         maps[1][1][which][0, -1] += 1e-3 if which else 0.0
         if which == 0:
-            maps[0][1][0][0, -1] += 1e-3  # not a shared column
+            maps[0][1][0][0, -1] += 1e-3  # this column is not shared
         hashes.add(build(artifact.meta, maps).content_hash)
     assert len(hashes) == 5
 
@@ -206,7 +206,7 @@ def test_another_model_is_refused() -> None:
     [("rope_dim", "qk_rope_head_dim", 8), ("latent_dim", "kv_lora_rank", 16), ("num_layers", "num_hidden_layers", 3)],
 )
 def test_sizes_that_are_not_the_models_are_refused(field: str, key: str, found: int, tmp_path: Path) -> None:
-    """The hash of the configuration is a word of the file's own: only the sizes themselves show what it holds."""
+    """The file may claim any configuration hash; only its sizes can be checked against the model."""
     path = tmp_path / "a.safetensors"
     other = CONFIG | {key: found}
     make_artifact().save(path)
@@ -247,7 +247,7 @@ def test_weights_hash_reads_what_it_says(tmp_path: Path) -> None:
     config = json.loads((NANO / "config.json").read_text())
     assert weights_hash(save(tmp_path / "two shards", config, weights, str(NANO))) == base
     name = "model.layers.3.self_attn.kv_b_proj.weight"
-    # 64 KiB of [512, 128] bf16 are its first 256 rows
+    # The first 64 KiB of [512, 128] bf16 are 256 rows.
     for row, same in ((300, True), (255, False)):
         weights[name] = load_file(NANO / "model.safetensors")[name]
         weights[name][row, 0] += 1

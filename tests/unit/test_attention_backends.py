@@ -1,4 +1,4 @@
-"""The table of backends: what is chosen, and what is refused with which words."""
+"""The table of backends: its choices, and its refusals with their words."""
 
 import pytest
 import torch

@@ -26,7 +26,7 @@ def test_variant_fits(latent_dim: int, heads: int, query_len: int) -> None:
 
 
 def spilled_bytes(variant: AnyVariant) -> int:
-    """Compile the kernel, whose wgmma instructions must not be serialised; the most that one of its kernels spills."""
+    """Compile a variant, check that wgmma is not serialised, and return the most bytes that one kernel spills."""
     cubin, log = compile_cubin(variant.source(), variant.defines, f"{variant.name}.cu")
     assert cubin[:4] == b"\x7fELF"
     assert "C7510" not in log and "C7520" not in log, "wgmma instructions were serialised"
@@ -71,7 +71,7 @@ def test_sketched_variant_fits(groups: int, shared: int, heads: int, query_len: 
 
 @pytest.mark.parametrize("groups", [2, 3, 4, 8, 16])
 def test_every_shape_has_a_form_that_fits(groups: int) -> None:
-    """Also where the ring, or values by query rows, leave no room for 64 of them."""
+    """This includes shapes whose ring, or values by query rows, leave no room for 64 query rows."""
     for shared, bits, rope_bits in itertools.product(range(0, 512, 8), (2, 4), (8, 16)):
         if (512 - shared) % (8 * groups):
             continue

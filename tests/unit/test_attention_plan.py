@@ -1,4 +1,4 @@
-"""The plan: every tile in exactly one part, in order, and parts as equal as they can be."""
+"""The plan has every tile in exactly one part, in order, and its parts are as equal as they can be."""
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +9,7 @@ from sglang_tpla.attention.hopper.plan import MAX_PARTS, SEGMENT_COST
 
 
 def segments(plan: Plan, lengths: list[int]) -> list[list[tuple[int, int, int, int]]]:
-    """The walk of each part's block: (request, first tile, end tile, split number), as in the kernel."""
+    """Return the walk of each part's block, (request, first tile, end tile, split number), as in the kernel."""
     parts = []
     for (request, tile, before), (last, last_tile, _) in zip(plan.part_begin, plan.part_begin[1:], strict=False):
         walked = []
@@ -60,7 +60,7 @@ def test_parts_are_balanced(lengths: list[int], parts: int) -> None:
 @settings(max_examples=200, deadline=None)
 @given(lengths_strategy, st.integers(1, 140))
 def test_only_the_last_segment_of_a_part_goes_on(lengths: list[int], parts: int) -> None:
-    """The kernel gives a block a share in one merge at most: of the request its part ends in."""
+    """The kernel gives a block a share in one merge at most: that of the request in which its part ends."""
     plan = plan_parts(lengths, parts)
     for part in segments(plan, lengths):
         for request, _, end, _ in part[:-1]:

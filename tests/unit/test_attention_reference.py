@@ -1,4 +1,4 @@
-"""The reference against the definition, computed token by token with Python numbers, and its refusals."""
+"""The reference against the definition, computed token by token with Python numbers, and the reference's refusals."""
 
 import math
 import random
@@ -11,7 +11,7 @@ from sglang_tpla.attention.reference import ReferenceDecode, latent_attention
 
 
 def slow_attention(q, keys, values, scale):
-    """softmax(scale * q . k) v for one query row, with exact sums."""
+    """Return softmax(scale * q . k) v for one query row, with exact sums."""
     scores = [scale * math.fsum(a * b for a, b in zip(q, key, strict=True)) for key in keys]
     top = max(scores)
     weights = [math.exp(score - top) for score in scores]
@@ -88,7 +88,7 @@ def test_wrong_inputs_are_named() -> None:
 
 
 def test_scrambling_pages_changes_nothing() -> None:
-    """The same tokens at other slots give the same answer."""
+    """The same tokens in other slots give the same answer."""
     dice = random.Random(1)
     torch.manual_seed(1)
     shape, rows = DecodeShape(16, 3, 8, dtype=torch.float32), torch.randn(20, 24)

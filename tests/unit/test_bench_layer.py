@@ -14,7 +14,7 @@ from fit_plan import fit
 from sglang_tpla.plan.hardware import LINKS, Rate
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-# Triton interpreted, attention and cache write by their twins: every step runs, and g = 1 is the stock layer.
+# Triton is interpreted, and twins replace attention and cache write: every step runs, and g = 1 is the stock layer.
 ON_THE_CPU = """
 import dataclasses, torch
 import decode_layer, layer_rank
@@ -62,11 +62,11 @@ def test_rank_layer_on_the_cpu() -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert float(result.stdout) < 2e-2  # the interpreter cuts bfloat16 off instead of rounding it
+    assert float(result.stdout) < 2e-2  # the interpreter truncates bfloat16 instead of rounding it
 
 
 def made_up_report() -> dict[str, object]:
-    """Kernels take 100 us; a rank of DCP half of it."""
+    """Return a report in which a layer takes 100 us, and a rank of DCP half of that."""
     rows = [
         {"model": "deepseek-v3", "ranks": 8, "weights": "bf16", "batch": batch, "context": context}
         | {"method": decode_layer.name_of(method), "us": 50.0 if method.kind == "dcp" else 100.0}
@@ -91,7 +91,7 @@ def test_report_separates_what_is_modelled() -> None:
     assert "| 1 x 2,048 | 100 | 100 |" in text
     assert "batch 16: median 1.000, worst 1.000 (2 cases)" in text
     loads = decode_layer.blocks_of(report)["deepseek-v3", 8, "bf16"]
-    # on NVLink two more collectives of 10 us are less than the 50 us saved, on PCIe two of 30 us are more
+    # On NVLink two more collectives of 10 us are less than the 50 us saved; on PCIe two of 30 us are more.
     assert "DCP" in "".join(decode_layer.map_lines(loads, LINKS["nvlink"]))
     assert "DCP" not in "".join(decode_layer.map_lines(loads, LINKS["pcie"]))
 
@@ -112,7 +112,7 @@ def test_fit_finds_the_constants_that_made_the_times() -> None:
 
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("*/decode_layer_*.json")), ids=lambda p: p.stem)
 def test_planner_agrees_with_recorded_runs(path: Path) -> None:
-    """Nine in ten layers within 12% of the measured time, and choices that cost little where they differ."""
+    """Nine in ten planned layers are within 12% of the measured time, and choices that differ cost little."""
     report = json.loads(path.read_text())
     assert len(report["layers"]) > 500
     off = sorted(abs(math.log(ratio)) for ratios in decode_layer.planner_ratios(report).values() for ratio in ratios)

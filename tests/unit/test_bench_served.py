@@ -1,4 +1,4 @@
-"""The benchmarks of the headline and of served requests, without servers: graphs, arrivals, client, why one failed."""
+"""The benchmarks of the headline and of served requests, without servers: graphs, arrivals, client, error messages."""
 
 import argparse
 import json
@@ -41,7 +41,7 @@ def test_a_rate_and_its_seconds_make_the_requests() -> None:
 
 @pytest.fixture
 def client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Client:
-    """The client's process over a stand-in for SGLang's module."""
+    """Return the client's process, with a stand-in for SGLang's module."""
     package = tmp_path / "modules" / "sglang" / "benchmark"
     package.mkdir(parents=True)
     for folder in (package.parent, package):

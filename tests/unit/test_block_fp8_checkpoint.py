@@ -1,4 +1,4 @@
-"""The block-FP8 checkpoints that the engine's tests serve: what is in them, and what it stands for."""
+"""The block-FP8 checkpoints that the engine's tests serve: their stored tensors, and the values that these encode."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_blocks_come_back_within_e4m3() -> None:
     assert scales.shape == (3, 2) and scales.dtype == torch.float32
     back = dequantise_blocks(codes, scales, (BLOCK, BLOCK))
     steps = scales.repeat_interleave(BLOCK, 0)[:300].repeat_interleave(BLOCK, 1)[:, :200]
-    # three bits after the leading one, and steps of 2^-9 scales below 2^-6
+    # Codes have three bits after the leading one, and steps of 2^-9 scales below 2^-6.
     assert ((back - weight).abs() <= torch.maximum(weight.abs() / 16, steps * 2**-10) * 1.0001).all()
     assert torch.equal(quantise_blocks(back)[0].float(), codes.float())
 
@@ -77,14 +77,14 @@ def test_the_checkpoint_stands_for_nearly_the_same_model(nano_mla: str, converte
     right, found = (model.forward(ids).log_softmax(-1) for model in (exact, coded))
     with RoundedInputs(quantised_weights(coded)):
         rounded = coded.forward(ids).log_softmax(-1)
-    for one, other in ((right, found), (found, rounded)):  # nats a token
+    for one, other in ((right, found), (found, rounded)):  # KL in nats a token
         assert 0 < float((one.exp() * (one - other)).sum(-1).mean()) < 0.02
 
 
 def test_inputs_are_rounded_in_groups_of_a_token() -> None:
     generator = torch.Generator().manual_seed(6)
     x = torch.randn(7, 2 * BLOCK, generator=generator)
-    x[:, BLOCK:] *= 1e-4  # a group of its own scale
+    x[:, BLOCK:] *= 1e-4  # this group has a different scale
     back = round_inputs(x)
     assert ((back - x).abs() <= x.abs().unflatten(-1, (2, BLOCK)).amax(-1).repeat_interleave(BLOCK, 1) / 16).all()
     assert torch.equal(round_inputs(torch.zeros(2, BLOCK)), torch.zeros(2, BLOCK))

@@ -1,4 +1,4 @@
-"""The calibration command as a user runs it."""
+"""The calibration command, as a user runs it."""
 
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.shipped import ARTIFACT, NANO, SKETCHED_ARTIFACT, run_command
 SMALL = ["--tokens", "2048", "--held-out-tokens", "128", "--prompt-tokens", "64", "--continuation-tokens", "64"]
 
 
-NO_WIDTH = ("--attention-backend", "flashinfer_fa3")  # it serves 512 alone
+NO_WIDTH = ("--attention-backend", "flashinfer_fa3")  # this backend serves only 512
 calibrate = partial(run_command, "calibrate")
 
 
@@ -78,7 +78,7 @@ def test_bad_input_is_one_clear_error(arguments: list[str], says: str, tmp_path:
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
-    assert "statistics:" not in done.stderr  # no text was read for nothing
+    assert "statistics:" not in done.stderr  # no text was read in vain
     assert not list(tmp_path.iterdir())
 
 
@@ -118,7 +118,7 @@ def test_rows_are_sketched_unless_another_transform_or_format_is_asked_for(tmp_p
 
 
 def test_statistics_that_leave_directions_of_the_latent_out_are_told(tmp_path: Path) -> None:
-    """The same few tokens over and over, as a server's statistics have them after a test of its answers."""
+    """The text has the same few tokens over and over, like a server's statistics after a test of its answers."""
     done = calibrate(
         *("--model-path", NANO, "--out", tmp_path / "a", "--save-stats", tmp_path / "stats"),
         *("--tokens", "2048", "--held-out-tokens", "0"),

@@ -1,4 +1,4 @@
-"""Choosing a layout under a bound: the walk over per-layer widths, what a backend serves, and the command."""
+"""Choosing a layout under a bound: the walk over per-layer widths, a backend's widths, and the command."""
 
 import itertools
 from functools import partial
@@ -29,7 +29,7 @@ def test_walk_is_as_good_as_trying_everything() -> None:
     everything = [cost(pick) for pick in itertools.product(range(3), repeat=3)]
     for pick in walk:
         width, error = cost(pick)
-        # these gains fall as widths grow, where the greedy walk is best at each of its own costs
+        # Here gains fall as widths grow, so the greedy walk is optimal at each of its costs.
         assert error <= min(kl for w, kl in everything if w <= width) + 1e-12
 
 
@@ -71,7 +71,7 @@ def test_choices_of_sketched_rows_are_what_the_format_holds_in_order_of_size() -
 
 
 def test_shared_columns_that_were_given_are_kept_or_the_layout_is_left_out() -> None:
-    """Blocks of 150 columns are whole bytes at 4 bits alone, and three groups do not divide what 212 leave of 512."""
+    """Blocks of 150 columns are whole bytes only at 4 bits, and seven groups do not divide 512 - 212."""
     given = SketchedSearch(shared=212)
     assert [rows.sketch_bits for rows in given.choices(512, 64, 2, 16)] == [4]
     looked_at = {groups: rows for _, groups, rows in given.looked_at(512, 64, [2, 7])}
@@ -79,7 +79,7 @@ def test_shared_columns_that_were_given_are_kept_or_the_layout_is_left_out() -> 
 
 
 def test_groups_are_those_that_divide_the_heads() -> None:
-    """Six ranks at g = 2 would have three shards of four heads, which no server starts with."""
+    """Six ranks at g = 2 would have three shards of four heads, and a server refuses to start with that."""
     assert Search(6, 0.1, lambda width: True, heads=4).group_counts() == [3, 6]
     assert Search(6, 0.1, lambda width: True).group_counts() == [2, 3, 6]
 

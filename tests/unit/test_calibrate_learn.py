@@ -68,7 +68,7 @@ def test_sampled_output_error_equals_the_model_s_own_attention(last: LastLayer) 
     positions = torch.tensor([[70, 127, 200]])
     batch = batch_of(last.attention, last.inputs, torch.tensor([5]), positions)
     found = output_error(last.attention, batch, last.maps)
-    # the same from the forward's own attention over the whole sequence
+    # Compute the same from the forward's own attention over the whole sequence.
     inputs = AttentionInputs(*(values[5:6] for values in vars(last.inputs).values()))
     exact = last.attention(inputs)[0, positions[0]]
     sliced = last.attention(inputs, last.maps)[0, positions[0]]
@@ -124,7 +124,7 @@ def test_refit_is_least_squares(last: LastLayer) -> None:
     for (z, a, _), (new_z, new_a, _) in zip(maps, refitted, strict=True):
         assert torch.equal(z, new_z)
         assert torch.equal(a, new_a)
-    # no small change of B does better along its own gradient: conjugate gradients went past the first descent
+    # More iterations do no worse: conjugate gradients go beyond the first descent.
     _, _, further = refit_values(attention, batches, maps, iterations=30)
     assert further <= after
 
@@ -185,13 +185,13 @@ def test_resumed_run_ends_with_the_same_bits(
     assert resumed.content_hash == whole.content_hash
     assert not (tmp_path / "cut").exists()
 
-    # a finished layer that is damaged is named, not used
+    # A damaged finished layer is named, not used.
     stop_after_two_layers()
     (folder,) = (tmp_path / "cut").iterdir()
     (folder / "layer-1.safetensors").write_bytes(b"\0" * 64)
     with pytest.raises(ArtifactError, match="layer 1"):
         learn(tmp_path / "cut")
-    # other settings do not touch it
+    # Other settings do not touch the damaged file.
     assert learn(tmp_path / "cut", replace(PLAN, seed=1)).content_hash != whole.content_hash
 
 
@@ -206,7 +206,7 @@ def test_killed_command_goes_on(tmp_path: Path) -> None:
     work = tmp_path / "learned.safetensors.work"
     try:
         while process.poll() is None and not list(work.glob("*/layer-1.safetensors")):
-            time.sleep(0.02)  # only polls: the kill must come while layers are still missing
+            time.sleep(0.02)  # this only polls: the kill must come while layers are still missing
         assert process.poll() is None
         process.send_signal(signal.SIGKILL)
     finally:

@@ -1,4 +1,4 @@
-"""Streamed statistics and the text they come from."""
+"""Streamed statistics, and the text from which they come."""
 
 import itertools
 import os
@@ -152,7 +152,7 @@ def test_large_files_are_left_out_only_beside_enough_small_ones(
 
 
 def test_a_file_that_is_given_is_read_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a folder it may be left out; nobody would notice that of a text whose name stands in the command."""
+    """A file of a folder may be skipped, but nobody would notice the loss of a file that the command names."""
     monkeypatch.setattr("sglang_tpla.measure.corpus._LARGEST_FILE_BYTES", 1000)
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -200,7 +200,7 @@ def test_sequences_join_documents_in_order() -> None:
         sequences(documents, tokenizer, length=1000, count=10**6, separator=1)
 
 
-DOCUMENTS = [Document("a", "abcdefg"), Document("b", "hij")]  # 7 and 3 tokens, one separator after each
+DOCUMENTS = [Document("a", "abcdefg"), Document("b", "hij")]  # 7 and 3 tokens, each followed by one separator
 
 
 def tokens(text: str) -> list[int]:

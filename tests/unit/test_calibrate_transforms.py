@@ -1,4 +1,4 @@
-"""Algebra of the closed-form maps, on statistics with a known, uneven spectrum."""
+"""The algebra of the closed-form maps, on statistics with a known, uneven spectrum."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ D, H, N = 16, 3, 6
 
 
 def make_moments() -> tuple[LayerMoments, torch.Tensor, torch.Tensor]:
-    """Moments, the key weights [H, n, d] and the latents [tokens, d] they are of."""
+    """Return moments, the key weights [H, n, d], and the latents [tokens, d] of the moments."""
     tokens, generator = 4000, torch.Generator().manual_seed(0)
     spread = torch.randn(D, D, generator=generator) * torch.linspace(2, 0.05, D)[:, None]
     latent = torch.randn(tokens, D, generator=generator) @ spread + torch.randn(D, generator=generator)
@@ -86,7 +86,7 @@ def test_shared_columns_are_the_same_bits_and_come_first() -> None:
     assert all(z.shape == (D, 5 + 3) for z, _, _ in maps)
     for z, _, _ in maps[1:]:
         assert torch.equal(z[:, :5], maps[0][0][:, :5])
-    # 11 directions over 4 groups: one group is short and padded
+    # With 11 directions over 4 groups, one group is short and padded.
     padded = [z for z, a, b in maps if not z[:, -1].any()]
     assert len(padded) == 1
     for z, a, b in maps:
@@ -99,7 +99,7 @@ def test_shared_beats_pca_on_the_scores_it_is_made_for() -> None:
     moments, w_uk, _ = make_moments()
     queries = moments.absorbed_queries(w_uk)
 
-    # energy of the score error of a group: trace((I - Z A)^T C (I - Z A) Q)
+    # The energy of a group's score error is trace((I - Z A)^T C (I - Z A) Q).
     def score_error(maps) -> float:
         total = 0.0
         for z, a, _ in maps:
@@ -119,7 +119,7 @@ def test_hadamard_is_orthogonal_and_follows_its_seed() -> None:
     assert not torch.equal(matrix, hadamard(D, 4))
     with pytest.raises(TransformError, match="power of two"):
         hadamard(12, 0)
-    with pytest.raises(TransformError, match="power of two, got 96"):  # before any statistics are collected
+    with pytest.raises(TransformError, match="power of two, got 96"):  # raised before any statistics are collected
         check_settings("hadamard", 2, 0, 96)
 
 
@@ -144,7 +144,7 @@ def test_maps_are_deterministic() -> None:
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("rank", [0, 1, 3])
 def test_latents_that_leave_a_group_without_variance_have_maps(transform: str, rank: int) -> None:
-    """A dead layer has no latent at all; one whose latents lie on a line leaves later groups rounding alone."""
+    """A dead layer's latents are zero; latents that lie on a line leave later groups only rounding noise."""
     tokens, generator = 4000, torch.Generator().manual_seed(1)
     latent = torch.randn(tokens, rank, generator=generator) @ torch.randn(rank, D, generator=generator)
     moments = LayerMoments.zeros(D, H, N)
@@ -155,7 +155,7 @@ def test_latents_that_leave_a_group_without_variance_have_maps(transform: str, r
         assert all(part.isfinite().all() for triple in maps for part in triple)
         total = sum(z @ b for z, _, b in maps)
         torch.testing.assert_close(total, torch.eye(D, dtype=torch.float64), atol=1e-6, rtol=0)
-        if transform in ("pca", "shared"):  # the first group has all that varies
+        if transform in ("pca", "shared"):  # the first group has all the variance
             z, a, _ = maps[0]
             centred = latent.double() - latent.double().mean(0)
             torch.testing.assert_close(centred @ z @ a, centred, atol=1e-3, rtol=0)
@@ -163,7 +163,7 @@ def test_latents_that_leave_a_group_without_variance_have_maps(transform: str, r
 
 @pytest.mark.parametrize("kind", ["a dead channel", "channels twice"])
 def test_noise_of_the_arithmetic_makes_no_keys(kind: str) -> None:
-    """A column without variance had a row of tens of thousands: float16 overflowed, and other text drowned in it."""
+    """A column without variance once had a row of tens of thousands; float16 overflowed, and other text was swamped."""
     generator = torch.Generator().manual_seed(1)
     half = torch.randn(4000, D // 2, generator=generator)
     latent = torch.cat([half, half], 1)

@@ -1,4 +1,4 @@
-"""Ranks, groups and head shards; settings through the environment."""
+"""The division of ranks into groups and head shards, and settings through the environment."""
 
 import math
 import re
@@ -129,7 +129,7 @@ def test_unreadable_variable_is_named() -> None:
     ],
 )
 def test_a_variable_that_nothing_reads_is_refused(name: str, said: str) -> None:
-    """Also in a process that would be stock SGLang: the role itself may be what is mistyped."""
+    """This holds in a process that would be stock SGLang, too: the role's variable itself may be mistyped."""
     for others in ({}, {"SGLANG_TPLA_ROLE": "prefill"}):
         words = rf"^environment: there is no {name}{re.escape(said)} Unset it, or take one of .*$"
         with pytest.raises(ConfigError, match=words):

@@ -1,4 +1,4 @@
-"""Every form of a config.json is one to all who read it."""
+"""Every form of a config.json reads as the same configuration."""
 
 import json
 import re
@@ -146,7 +146,7 @@ def test_a_constant_that_no_model_has_is_named_with_its_file(
 
 
 def test_constants_at_the_ends_of_their_ranges(tmp_path: Path) -> None:
-    """0 is SGLang's default for some, and a normalisation without an epsilon is one."""
+    """SGLang takes its default for 0 in some keys, and a norm may have no epsilon."""
     zeros = dict.fromkeys(("beta_fast", "beta_slow", "mscale", "mscale_all_dim"), 0)
     spec = ModelSpec.from_config(read_config(written(tmp_path, rms_norm_eps=0, rope_scaling=YARN | zeros)))
     assert spec.eps == 0 and spec.yarn is not None

@@ -1,4 +1,4 @@
-"""Chains of guesses on the CPU platform, against plain loops over Python lists."""
+"""Chains of guesses on the CPU platform are compared with plain loops over Python lists."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ TOKENS = GUESSES + 1
 
 
 def verified(candidates: list[list[int]], said: list[list[int]]) -> list[list[int]]:
-    """The tokens that each request's answer gains: right guesses, and the target's token after the last of them."""
+    """Return the tokens that each request's answer gains: right guesses, and the target's token after the last."""
     grown = []
     for guessed, right in zip(candidates, said, strict=True):
         kept = 0
@@ -24,7 +24,7 @@ def verified(candidates: list[list[int]], said: list[list[int]]) -> list[list[in
 
 
 def filled() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The empty tensors that SGLang hands over."""
+    """Return the empty tensors that SGLang hands over."""
     return (
         torch.zeros(REQUESTS * TOKENS, dtype=torch.int32),
         torch.full((REQUESTS, GUESSES + 1), -1, dtype=torch.int32),
@@ -90,7 +90,7 @@ def sample(probabilities: torch.Tensor, candidates: torch.Tensor, draws: int) ->
 
 
 def test_sampled_tokens_have_the_targets_distribution() -> None:
-    """The first token of 20,000 verifications, and the second after each first one, by a chi-squared test."""
+    """A chi-squared test holds for the first token of 20,000 verifications, and for the second after a right guess."""
     torch.manual_seed(11)
     probabilities = torch.tensor(
         [[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1], [0.25, 0.25, 0.25, 0.25], [0.4, 0.3, 0.2, 0.1]]
@@ -98,7 +98,7 @@ def test_sampled_tokens_have_the_targets_distribution() -> None:
     candidates = torch.tensor([0, 2, 0, 3])  # guesses 2, 0, 3 after token 0
     drawn = sample(probabilities, candidates, 20_000)
     first = torch.bincount(torch.tensor([tokens[0] for tokens in drawn]), minlength=4)
-    assert chi_squared(first, probabilities[0]) < 16.27  # three degrees of freedom, one in a thousand
+    assert chi_squared(first, probabilities[0]) < 16.27  # exceeded once in a thousand, at three degrees of freedom
     second = torch.bincount(torch.tensor([tokens[1] for tokens in drawn if tokens[0] == 2]), minlength=4)
     assert chi_squared(second, probabilities[1]) < 16.27
     assert all(len(tokens) == 1 for tokens in drawn if tokens[0] != 2)
@@ -138,7 +138,7 @@ def test_the_draft_takes_the_targets_embedding() -> None:
 
 
 def sampled_answer(**changes: Any) -> list[int]:
-    """The answer to one sampling request of two guesses, by `sample_or_verify`."""
+    """Return the answer of `sample_or_verify` to one sampling request of two guesses."""
     logits = torch.tensor([[2.0, -1.0, 4.0, 0.5]] * 3)  # [drafted tokens, vocabulary]
     nothing = dict.fromkeys(("logit_bias", "top_ks", "top_ps"))
     info = {**nothing, "need_top_k_sampling": False, "need_top_p_sampling": False, "is_all_greedy": False}
@@ -155,7 +155,7 @@ def sampled_answer(**changes: Any) -> list[int]:
 
 
 def test_a_grammar_beside_sampled_guesses_is_obeyed() -> None:
-    """Only token 1 is allowed: both guesses are kept, and the token after them is another 1."""
+    """Only token 1 is allowed, so both guesses are kept, and the token after them is another 1."""
 
     def forbid(logits: torch.Tensor) -> None:
         logits[:, [0, 2, 3]] = float("-inf")

@@ -1,4 +1,4 @@
-"""The port of data channels on a machine without descriptors for another connection."""
+"""The port of data channels on a machine that has no descriptor left for another connection."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from sglang_tpla.transfer.network.event_loop import IoLoop
 
 
 def test_a_listener_without_room_rests_until_the_next_tick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The connection stays in the system's queue, so that a loop which asks would find the port ready all the time."""
+    """The connection stays in the system's queue, so a loop that polled would find the port ready all the time."""
     io = IoLoop("listener")
     listener = DataListener(io, "127.0.0.1", 0, 5.0, False, pytest.fail, pytest.fail, pytest.fail)
     try:

@@ -1,4 +1,4 @@
-"""SGLang's attention backends that may decode a slice, and the one that a server gets if it names none."""
+"""SGLang's attention backends that may decode a slice, and a server's default."""
 
 import pytest
 import torch
@@ -61,9 +61,9 @@ def test_triton_compiles_where_its_two_blocks_are_one(latent_dim: int, rope_dim:
         ([DecodeShape(192, 64)], HOPPER, "fa3", "tpla"),
         ([DecodeShape(160, 16), DecodeShape(512, 16)], HOPPER, "fa3", "tpla"),
         ([DecodeShape(80, 8, rope_dim=32)], HOPPER, "fa3", "triton"),
-        ([DecodeShape(256, 4)], HOPPER, "fa3", "fa3"),  # too few heads for ours
+        ([DecodeShape(256, 4)], HOPPER, "fa3", "fa3"),  # too few heads for our kernel
         ([DecodeShape(160, 4)], HOPPER, "fa3", "triton"),
-        # 128 and 192 columns round up to different powers
+        # 128 and 192 columns round up to different powers of two.
         ([DecodeShape(128, 4)], HOPPER, "fa3", "torch_native"),
         ([DecodeShape(160, 16)], AMPERE, "flashinfer", "triton"),
         ([DecodeShape(256, 16)], AMPERE, "flashinfer", "flashinfer"),

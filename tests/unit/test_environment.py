@@ -1,4 +1,4 @@
-"""The environment's keys, locks and repairs; the real one is what this test runs in."""
+"""The environment's keys, locks and repairs; this test runs in the real environment."""
 
 import importlib.metadata
 import importlib.util
@@ -76,7 +76,7 @@ def test_a_release_of_sglang_has_pins_and_an_environment_of_its_own(
 
 
 def stand_in(folder: Path) -> None:
-    """Build an interpreter that runs, in no time."""
+    """Make a stand-in for a built environment: its interpreter runs, and it costs no time."""
     (folder / "bin").mkdir(parents=True)
     (folder / "bin" / "python").symlink_to(sys.executable)
 
@@ -166,10 +166,10 @@ def test_too_little_disk_is_told_before_anything_is_made(
 
 
 def test_a_build_that_is_terminated_leaves_no_installer(tmp_path: Path) -> None:
-    """SIGTERM in mid-build ends the installer too, and nothing that looks complete is left."""
+    """SIGTERM during a build ends the installer too, and leaves nothing that looks complete."""
     (tmp_path / ".ci").mkdir()
     (tmp_path / ".ci" / "environment.py").write_bytes(SCRIPT.read_bytes())
-    # An installation that never ends: a pinned package from a pipe that nobody writes.
+    # This installation never ends, because it reads a pinned package from a pipe that nobody writes.
     os.mkfifo(tmp_path / "never")
     (tmp_path / "requirements.txt").write_text(f"-r {tmp_path / 'never'}\n")
     (tmp_path / "pyproject.toml").write_text("")
@@ -215,7 +215,7 @@ def test_every_supported_release_has_pins() -> None:
 
 
 def test_this_environment_is_the_pinned_one() -> None:
-    """The packages that matter are the pinned ones wherever the tests run."""
+    """Wherever the tests run, the packages that matter are the pinned ones."""
     release = importlib.metadata.version("sglang")
     own = ROOT / f"requirements-{release}.txt"
     lines = (own if own.exists() else ROOT / "requirements.txt").read_text().splitlines()
@@ -231,7 +231,7 @@ def test_the_plugin_shows_once() -> None:
 
 
 def test_make_prints_the_interpreter_alone() -> None:
-    """``make -s python`` prints one line for scripts, an interpreter that runs this checkout."""
+    """``make -s python`` prints one line for scripts: the path of an interpreter that runs this checkout."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     made = subprocess.run(["make", "-s", "python"], cwd=ROOT, env=environ, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr

@@ -1,4 +1,4 @@
-"""The examples' own mistakes: one line says what was expected. tests/e2e/test_trio.py runs them on servers."""
+"""Examples answer a user's mistake with one line that says what was expected. tests/e2e/test_trio.py runs them."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Cache writes: the twin against complex arithmetic in float64, the kernel in Triton's interpreter against the twin."""
+"""Cache writes: the twin is tested against complex numbers in float64, the kernel against the twin (interpreted)."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def rotated(vectors: torch.Tensor, case: WriteCase, neox: bool) -> np.ndarray:
 
 
 def in_complex_numbers(case: WriteCase, eps: float, neox: bool) -> np.ndarray:
-    """The rows that should be written, float64."""
+    """Return the rows that should be written, in float64."""
     latent = case.latent.double().numpy()
     normed = latent / np.sqrt((latent**2).mean(1, keepdims=True) + eps) * case.weight.double().numpy()
     if case.latent.dtype == torch.bfloat16:
@@ -56,7 +56,7 @@ def test_twin(tokens: int, d: int, w: int | None, rope: int, rotate: str | None,
 
 
 def test_rows_are_those_of_a_transfer() -> None:
-    """The rows have the same bits as those of a sender, which norms and then calls `project_latent`."""
+    """The rows have the same bits as a sender's, which norms and then calls `project_latent`."""
     case = random_write(9, 64, 24, 8, rotated=False, dtype=torch.bfloat16, seed=1)
     reference.write(case.write(1e-6))
     assert case.z is not None
@@ -87,7 +87,7 @@ for tokens in (1, 3, 19):
 
 
 def test_kernel_in_tritons_interpreter() -> None:
-    """The kernel's own code runs at odd sizes without a GPU."""
+    """The kernel's code runs at odd sizes without a GPU."""
     pytest.importorskip("triton")
     interpret(INTERPRETED)
 

@@ -1,4 +1,4 @@
-"""Flags that must agree between prefill, decode and router do, in the form that each takes, or are refused."""
+"""Flags that must agree between prefill, decode and router are passed in the form that each takes, or are refused."""
 
 import socket
 from pathlib import Path

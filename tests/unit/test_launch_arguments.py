@@ -1,4 +1,4 @@
-"""Flags as tokens: grouping, one spelling, layers, YAML."""
+"""Flags as tokens: how they are grouped, spelled, layered and read from YAML."""
 
 import pytest
 from hypothesis import given

@@ -21,7 +21,7 @@ from tests.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 NANO = "examples/nano-mla"
-HANGS_S = 300  # a process that imports SGLang takes seconds alone, and minutes on a busy machine
+HANGS_S = 300  # importing SGLang takes seconds on an idle machine, and minutes on a busy one
 ARTIFACT = "examples/artifacts/nano-mla-g2.safetensors"
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(("SGLANG_", "OMP_", "CUDA_VISIBLE"))}
 DECODE = ["--role", "decode", "--model-path", NANO, "--tp", "2", "--tpla-groups", "2", "--tpla-artifact", ARTIFACT]
@@ -49,7 +49,7 @@ def planned(*tokens: str, environ: dict[str, str] | None = None) -> list[Process
 
 
 def flags(process: Process) -> dict[str, list[str]]:
-    """Every flag of a command with its values."""
+    """Return every flag of a command with its values."""
     result: dict[str, list[str]] = {}
     name = ""
     for token in process.command[3:]:
@@ -304,7 +304,7 @@ def test_refused_files(tmp_path: Path, text: str, message: str) -> None:
 
 @pytest.mark.parametrize("role", ["decode", "all"])
 def test_retired_rows_are_refused_wherever_they_are_named(role: str, tmp_path: Path) -> None:
-    """The answer says where they were named, and what to give instead."""
+    """The message says where the rows were named, and what to give instead."""
     path = tmp_path / "settings.yaml"
     path.write_text("decode:\n  tpla-rows: fp8\n")
     for origin, tokens, environ in (
@@ -320,7 +320,7 @@ def test_retired_rows_are_refused_wherever_they_are_named(role: str, tmp_path: P
 
 
 def test_what_a_file_may_hold(tmp_path: Path) -> None:
-    """Merged mappings, the router's lists beside sections, dates as written, and variables of any scalar."""
+    """These are merged mappings, the router's lists beside sections, dates as written, and any scalar variables."""
     file = tmp_path / "c.yaml"
     file.write_text(
         f"model-path: {NANO}\nserved-model-name: 2026-01-01\n"
@@ -335,7 +335,7 @@ def test_what_a_file_may_hold(tmp_path: Path) -> None:
 
 
 def test_numbers_of_a_file_are_passed_on_as_they_were_written(tmp_path: Path) -> None:
-    """YAML takes 0612345 for 202,981, 10:30 for 630, 1.10 for 1.1 and off for False; inside of JSON a number is one."""
+    """YAML reads 0612345 as 202,981, 10:30 as 630, 1.10 as 1.1 and off as False; inside JSON a number is a number."""
     file = tmp_path / "c.yaml"
     file.write_text(
         f"model-path: {NANO}\nrevision: 0612345\napi-key: 1.10\ndist-init-addr: 10:30\nport: 03_000\n"
@@ -386,7 +386,7 @@ def test_an_unknown_role_is_exit_code_2() -> None:
 
 
 def test_nothing_is_compiled_while_a_request_waits() -> None:
-    """A compiler that must not be asked, in a process with a CPU server's environment; without it, it is asked."""
+    """With a CPU server's environment a process never calls the compiler; without that environment it does."""
     program = (
         "import torch\n"
         "asked = []\n"
@@ -447,7 +447,7 @@ def test_an_interpreter_without_the_plugin_is_refused() -> None:
 
 
 def speculative_flags(process: Process) -> dict[str, str]:
-    """Values of the flags of speculation on a server's command line."""
+    """Return the values of the speculation flags on a server's command line."""
     return {flag: values[-1] for flag, values in flags(process).items() if flag.startswith("--speculative-")}
 
 
@@ -474,7 +474,7 @@ def test_speculation_says_what_follows_from_it() -> None:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
 def test_ports_at_which_somebody_listens_are_refused(host: str) -> None:
-    """Before anything starts: a server would find out when its weights are loaded."""
+    """The launcher refuses before anything starts; a server would notice only after loading its weights."""
     trio = ["--role", "all", "--model-path", NANO, "--host", host, "--prefill.host", host]
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Every configuration in ``launch/``: planned by the launcher, and accepted by SGLang's own parsers."""
+"""The launcher can plan every configuration in ``launch/``, and SGLang's own parsers accept it."""
 
 import json
 import subprocess
@@ -56,7 +56,7 @@ def kubernetes_commands() -> list[list[str]]:
     return [container["args"] for container in containers]
 
 
-# SGLang runs in a process of its own, so that its import cannot affect other tests.
+# SGLang runs in a separate process, so that its import cannot affect other tests.
 PARSE = """
 import argparse, json, sys
 from sglang.srt.server_args import ServerArgs

@@ -1,4 +1,4 @@
-"""Values of the configuration file: each arrives as the user would write it in a shell, or is refused."""
+"""Each value of the configuration file arrives as the user would write it in a shell, or is refused."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ def options(text: str, folder: Path) -> Options:
 
 
 def in_json(text: str, folder: Path) -> object:
-    """Return the only flag's value, which is JSON."""
+    """Return the value of the only flag, which is JSON."""
     _, value = to_tokens(options(text, folder).engine_arguments("prefill"))
     return json.loads(value)
 
@@ -55,7 +55,7 @@ def test_truth_inside_of_json_is_one(text: str, tmp_path: Path) -> None:
     "text", ["x: [1, VALUE]", "decode: {x: [[VALUE]]}", "router: {prefill: [[http://a:1, VALUE]]}"]
 )
 def test_a_list_holds_neither_truth_nor_nothing(text: str, value: str, tmp_path: Path) -> None:
-    """`on` and `true` are one to YAML, and `none` is the router's word for no port."""
+    """YAML reads `on` and `true` alike, and `none` is the router's word for no port."""
     bare, quoted = (options(text.replace("VALUE", word), tmp_path) for word in (value, f'"{value}"'))
 
     def tokens(loaded: Options) -> list[str]:
@@ -68,7 +68,7 @@ def test_a_list_holds_neither_truth_nor_nothing(text: str, value: str, tmp_path:
 
 @pytest.mark.parametrize("number", ["1e6", "-2.5E+3", "1e-6", ".5e1", "1.e0"])
 def test_a_number_with_an_exponent_is_one_inside_of_json(number: str, tmp_path: Path) -> None:
-    """YAML 1.1 takes 1e6 for text, which would become a rope_theta of '1e6'."""
+    """YAML 1.1 reads 1e6 as text, which would become a rope_theta of '1e6'."""
     assert in_json(f"json: {{a: {number}, b: '1e6', c: 1e6x}}", tmp_path) == {
         "a": float(number), "b": "1e6", "c": "1e6x"
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The port at which a server's ranks meet: the launcher's, unless somebody has chosen one or each replica needs one."""
+"""The launcher chooses the port at which a server's ranks meet, unless the user has, or each replica needs one."""
 
 import socket
 import sys
@@ -43,7 +43,7 @@ def test_a_router_meets_nobody() -> None:
 
 
 def test_a_taken_port_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two ports that may be chosen, one is taken; of none, none is chosen, and SGLang takes its own."""
+    """The launcher skips a taken port. If no port is free, it chooses none, and SGLang takes its default."""
     taken = free_port()
     assert taken is not None
     monkeypatch.setattr(rendezvous, "FIRST_PORT", taken)
@@ -56,7 +56,7 @@ def test_a_taken_port_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ports_that_a_deployment_counts_up_are_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The servers of ``--role all`` start together, and the decode server's port is not bound when prefill chooses."""
+    """The servers of ``--role all`` start together, so decode's port is not yet bound when prefill chooses."""
     first = free_port()
     assert first is not None
     monkeypatch.setattr(rendezvous, "FIRST_PORT", first)

@@ -1,4 +1,4 @@
-"""The supervisor with small real servers: failures, and that nothing outlives it however it ends."""
+"""The supervisor with small real servers: it handles failures, and nothing outlives it, however it ends."""
 
 import os
 import re
@@ -18,8 +18,8 @@ from tests.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# The worst of servers ignores SIGTERM, starts a child that does too and outlives it, leaves a socket file and a
-# temporary file, and maps shared memory whose name nobody else knows.
+# This is the worst kind of server: it ignores SIGTERM, starts a child that does so too and outlives it, leaves a socket
+# file and a temporary file, and maps shared memory whose name nobody else knows.
 SERVER = textwrap.dedent(
     """
     import http.server, mmap, os, signal, socket, subprocess, sys, tempfile, uuid
@@ -48,7 +48,7 @@ SERVER = textwrap.dedent(
     """
 )
 
-# A supervisor in a process of its own, to be killed.
+# This supervisor runs in a separate process, to be killed.
 SUPERVISED = textwrap.dedent(
     """
     import sys
@@ -76,14 +76,14 @@ def alive(pid: int) -> bool:
 
 
 def remains(log: Path) -> list[str]:
-    """The things that a server said it made and that still exist."""
+    """Return the things that a server reported to have made and that still exist."""
     words = log.read_text().split("\n")[0].split()
     path, child = words[2], int(words[4])
     return [path] * Path(path).exists() + [f"process {child}"] * alive(child)
 
 
 def quiet(names: str, waited_s: float) -> None:
-    """Ignore the news."""
+    """Ignore the supervisor's report."""
 
 
 def test_everything_is_gone_after_an_orderly_end(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_dead_child_is_named_with_its_last_words(tmp_path: Path) -> None:
 
 
 def test_a_crash_leaves_no_shared_memory(tmp_path: Path) -> None:
-    """The reaper has seen the segment of a server that is gone at the end, and removes it as well."""
+    """The reaper saw the segment of a server that has crashed, and removes it at the end."""
     with Supervisor(str(tmp_path)) as supervisor:
         process = server("prefill", free_ports(1)[0])
         supervisor.start(process)
@@ -124,9 +124,9 @@ def test_a_crash_leaves_no_shared_memory(tmp_path: Path) -> None:
 
 
 def wait_until_seen(supervisor: Supervisor) -> None:
-    """Return once the reaper has looked at the processes, which shows by a second sleep after more bytes read.
+    """Return once the reaper has looked at the processes: it has then read more bytes and sleeps again.
 
-    A wait for the disk is another state, and neither the end of a look nor the beginning of one.
+    A wait for the disk is a different state, which neither begins nor ends a look.
     """
     assert supervisor._reaper is not None
     reaper = psutil.Process(supervisor._reaper.pid)
@@ -166,7 +166,7 @@ def test_a_reaper_that_comes_up_late_finds_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("when", ["while starting", "when ready"])
 def test_a_reaper_that_was_killed_is_replaced(when: str, tmp_path: Path) -> None:
-    """The supervisor names it and ends everything all the same, where it would wait for children that nobody ends."""
+    """The supervisor names the killed reaper and still ends everything, instead of waiting for its children."""
     with Supervisor(str(tmp_path)) as supervisor:
         assert supervisor._reaper is not None
         folder, process = supervisor.folder, server("decode", free_ports(1)[0])
@@ -200,9 +200,9 @@ def test_logs_are_kept_when_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 @pytest.mark.parametrize("when", ["while starting", "when ready"])
 def test_nothing_outlives_a_signal(number: signal.Signals, when: str, tmp_path: Path) -> None:
-    """Processes, files and shared memory are gone after any end of the supervisor, at the start or later."""
+    """After a signal ends the supervisor, at the start or later, processes, files and shared memory are gone."""
     ports = [str(port) for port in free_ports(3)]
-    own = uuid.uuid4().hex + "_"  # other tests have servers of the same kind meanwhile
+    own = uuid.uuid4().hex + "_"  # other tests may run servers of the same kind at the same time
     environ = {**os.environ, "TMPDIR": str(tmp_path), "TEST_SEGMENTS": own}
     supervisor = subprocess.Popen(
         [sys.executable, "-c", SUPERVISED, SERVER, *ports], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environ
@@ -228,7 +228,7 @@ def test_nothing_outlives_a_signal(number: signal.Signals, when: str, tmp_path: 
 
 
 def supervised(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run three processes of a program under a supervisor whose temporary files are in ``folder``, to their end."""
+    """Run three processes of a program to their end under a supervisor whose temporary files are in ``folder``."""
     return subprocess.run(
         [sys.executable, "-c", SUPERVISED, program, "1", "2", "3"],
         cwd=ROOT,
@@ -247,13 +247,13 @@ def test_the_exit_code_and_the_logs_of_a_failure(tmp_path: Path) -> None:
     assert "cannot bind" in done.stderr
     (kept,) = tmp_path.iterdir()
     assert kept.name.startswith("sglang_tpla-log-")
-    # the first of the three to end is named, and may have had the others stopped before they said anything
+    # The first of the three to end is named; the others may have been stopped before they printed anything.
     (role,) = re.findall(r"the (\w+) process ended with 5", done.stderr)
     assert (kept / f"{role}.log").read_text() == "cannot bind\n"
 
 
 def test_logs_that_somebody_removed_are_named(tmp_path: Path) -> None:
-    """A failure is told as ever, a process that starts later has a log, and no traceback hides either."""
+    """The supervisor still reports a failure, a later process has a log, and no traceback hides either."""
     program = (
         "import os, shutil, sys, tempfile; shutil.rmtree(tempfile.gettempdir() + '/log', ignore_errors=True); "
         "print('last words'); sys.exit(5)"

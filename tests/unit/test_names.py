@@ -1,4 +1,4 @@
-"""What tests, benchmarks and examples take from this project exists, also where no CPU runs them.
+"""Every name that tests, benchmarks and examples take from this project exists, even in files that no CPU runs.
 
 GPU tests, slow tests and benchmarks are not part of the default suite, so a renamed function would break them unseen.
 Names are read from the syntax trees; nothing is imported.
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("sglang_tpla", "tests", "benchmarks", "examples")
 BESIDE = ("tests/gpu", "benchmarks")  # folders whose files are imported by their bare names
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
-KEPT = {"__doc__", "__file__", "__name__", "__path__"}  # what every module has
+KEPT = {"__doc__", "__file__", "__name__", "__path__"}  # every module has these names
 
 
 @cache
@@ -23,7 +23,7 @@ def tree_of(path: Path) -> ast.Module:
 
 @cache
 def found(module: str) -> Path | None:
-    """The file or the folder of a module of this project, or None for anybody else's."""
+    """Return the file or the folder of a module of this project, or None for any other module."""
     for root in (ROOT, *(ROOT / folder for folder in BESIDE)):
         path = root.joinpath(*module.split("."))
         if path.with_suffix(".py").is_file():
@@ -35,7 +35,7 @@ def found(module: str) -> Path | None:
 
 @cache
 def bound(path: Path) -> set[str]:
-    """Names that a module or a package has: its own, those that it imports, and the modules inside."""
+    """Return the names that a module or a package has: its own, those that it imports, and the modules inside."""
     if path.is_dir():
         own = bound(path / "__init__.py") if (path / "__init__.py").is_file() else set()
         return own | {inner.stem for inner in path.iterdir()}
@@ -51,8 +51,8 @@ def bound(path: Path) -> set[str]:
 
 
 def missing(path: Path) -> Iterator[str]:
-    """``line: module.name`` of everything that a file takes from this project's modules and that is not there."""
-    modules: dict[str, str] = {}  # a name in this file -> the module of ours that it stands for
+    """Yield ``line: module.name`` for every name that a file takes from this project's modules and that is missing."""
+    modules: dict[str, str] = {}  # a name in this file -> the module of ours that it means
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -70,7 +70,7 @@ def missing(path: Path) -> Iterator[str]:
                 if alias.name not in bound(home):
                     yield f"{node.lineno}: {node.module}.{alias.name}"
                 modules[alias.asname or alias.name] = f"{node.module}.{alias.name}"
-    # A name that a function uses for something of its own says nothing about the module.
+    # A name that the file also binds to something else says nothing about the module.
     rebound = {node.arg for node in ast.walk(tree_of(path)) if isinstance(node, ast.arg)}
     rebound |= {
         node.id for node in ast.walk(tree_of(path)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)

@@ -1,4 +1,4 @@
-"""Commands write over nothing that they read or did not make, and say at once where no file can be made."""
+"""Commands overwrite nothing that they read or did not make, and report at once if a file cannot be made."""
 
 import os
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from tests.shipped import ARTIFACT, NANO
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder with its contents, and every other thing in it."""
+    """Return every file of a folder with its contents, and every other entry."""
     return {str(path): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
 
 
@@ -82,7 +82,7 @@ def test_two_outputs_are_two_files(tmp_path: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("flag", ["--out", "--save-stats"])
 def test_what_the_command_did_not_make_stays(flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also a device, which a finished file would take the place of."""
+    """This holds for a device, too, which a finished file would replace."""
     (tmp_path / "text").write_text("print(1)")
     (tmp_path / "note.safetensors").write_bytes(ARTIFACT.read_bytes()[:100])
     save_file({"x": torch.zeros(1)}, tmp_path / "weights", metadata={"format": "pt"})
@@ -113,7 +113,7 @@ def test_what_the_command_made_may_be_made_again(tmp_path: Path) -> None:
 def test_where_no_file_can_be_made_is_said_at_once(
     flag: str, place: str, why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The corpus does not exist, which is said later."""
+    """The corpus does not exist either, but that check comes later."""
     (tmp_path / "file").touch()
     base = ["--model-path", NANO, "--out", tmp_path / "a", "--corpus", "/nonexistent"]
     said = refused(capsys, [*base, flag, tmp_path / place], tmp_path)

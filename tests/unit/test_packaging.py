@@ -1,4 +1,4 @@
-"""`pip install` copies more than Python files, because a server that starts from an installed package needs more."""
+"""`pip install` copies more than Python files, because a server of an installed package needs more."""
 
 import ast
 import re
@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# What SGLang pins for its release and device; a second pin here could only disagree.
+# SGLang pins these packages for its release and device; a second pin here could only disagree.
 WITH_SGLANG = {"torch", "triton", "transformers", "tokenizers", "huggingface_hub", "flashinfer", "cuda", "xgrammar"}
 IMPORTED_AS = {"pyzmq": "zmq", "pyyaml": "yaml", "prometheus-client": "prometheus_client"}
 

@@ -1,4 +1,4 @@
-"""Pages name what exists (links, anchors, flags, modules), and each benchmark and each result is named by a page."""
+"""The links, anchors, flags and modules of pages exist, and a page names each benchmark and each result."""
 
 import re
 from dataclasses import fields
@@ -16,7 +16,7 @@ EVALUATE = {"tpla-url"}
 
 
 def anchors(page: Path) -> set[str]:
-    """Of a page's headings, as hosts of Markdown make them."""
+    """Return the anchors of a page's headings, as hosts of Markdown make them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
 
@@ -44,7 +44,7 @@ def test_flags_and_modules_exist(page: Path) -> None:
 
 
 def test_the_variables_are_those_of_the_launchers_page_and_of_the_code() -> None:
-    """One list: the page has all that are no setting, and nothing in the repository reads or names another."""
+    """The page lists all variables that are not settings, and nothing in the repository reads or names another."""
     page = (ROOT / "docs" / "launcher.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (`SGLANG_TPLA_.*?) \|", page, re.M)
     named = [name for row in rows for name in re.findall(rf"`({ENV_PREFIX}[A-Z_]+)\*?`", row)]

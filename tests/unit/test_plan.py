@@ -1,4 +1,4 @@
-"""The planner against arithmetic done by hand, published model sizes, and limits where the answer is known."""
+"""The planner is compared with arithmetic by hand, published model sizes, and limits with a known answer."""
 
 import json
 import math
@@ -37,7 +37,7 @@ FREE_LINK = Link("free", 0.0, 1e18)
 BF16, FP8 = Precision(), Precision(weights="fp8")
 EYE = torch.eye(512, dtype=torch.float64)
 SMALL = Load(1, 1000)
-# A GPU where only bytes cost: 1 TB/s, no overhead.
+# On this GPU only bytes cost: 1 TB/s, no overhead.
 BYTES_ONLY = Gpu(
     "bytes", 1e12, (9, 0), 132, 1e12, 1e15, MappingProxyType({kind: Rate(0.0, 1e12, 1e30) for kind in H200.rates})
 )
@@ -56,10 +56,10 @@ def test_break_even_of_the_design() -> None:
     assert tokens == pytest.approx(head_weights_bytes / (1152 - 640))
     assert round(tokens, -3) == 76_000
     assert round(break_even_tokens(V3, method, FP8, 640), -3) == 38_000
-    # summed before o_proj, only q_b_proj is held twice
+    # If heads are summed before o_proj, only q_b_proj is held twice.
     scatter = Method("tpla", 8, groups=2, scatter=True)
     assert break_even_tokens(V3, scatter, BF16, 640) == pytest.approx(2 * 1536 * 16 * 192 / 512)
-    # wider than MLA saves nothing
+    # Rows as wide as MLA's save nothing.
     assert math.isinf(break_even_tokens(V3, method, BF16, 1152))
 
 
@@ -74,7 +74,7 @@ def test_break_even_is_where_the_modelled_times_cross() -> None:
 
 
 def test_plain_tp_by_hand() -> None:
-    """Every byte that a rank of 8 moves for one request of 1,000 tokens, added up."""
+    """The planner's bytes are those that a rank of 8 moves for one request of 1,000 tokens, added up."""
     weights = 7168 * (1536 + 512 + 64) + 1536 * 16 * 192 + 2 * 16 * 128 * 512 + 16 * 128 * 7168
     activations = (
         (7168 + 2112)  # down
@@ -107,9 +107,9 @@ def test_collectives_by_hand() -> None:
 
 
 def test_operations_bound_what_many_heads_read() -> None:
-    """DCP's rank attends with all 128 heads: 2 (2 x 512 + 64) operations a head and token."""
+    """A rank of DCP attends with all 128 heads, at 2 (2 x 512 + 64) operations a head and token."""
     slow = Gpu("ops", 1e12, (9, 0), 132, 1e12, 1e12, {k: Rate(0.0, 1e30, 1e12) for k in H200.rates})
-    work = rank_work(V3, Method("dcp", 8), Load(2, 8192), BF16, (9, 0))  # FlashInfer makes sixteen even chunks of it
+    work = rank_work(V3, Method("dcp", 8), Load(2, 8192), BF16, (9, 0))  # FlashInfer makes sixteen even chunks
     attention = price(work, slow, FREE_LINK).kernels_s["attention"]
     assert attention == pytest.approx(2 * 1024 * 128 * 2 * 1088 / 1e12)
 
@@ -128,7 +128,7 @@ def test_built_in_models_have_their_published_size(name: str, parameters: float)
 
 
 def test_what_fits_by_hand() -> None:
-    """Half of 80 GB less the weights, over the cache bytes, for DeepSeek-V2-Lite on 2 ranks."""
+    """DeepSeek-V2-Lite on 2 ranks has room for (half of 80 GB - weights) / cache bytes."""
     found = answer(
         setting(*["--model", "deepseek-v2-lite", "--gpu", "h100", "--ranks", "2", "--memory-fraction", "0.5"]),
         Load(1, 1000),
@@ -190,7 +190,7 @@ def test_data_parallel_splits_requests_not_a_request() -> None:
     method = Method("dp", 8)
     one, eight = (rank_work(V3, method, Load(batch, 1000), BF16, (9, 0)) for batch in (1, 8))
     assert one.pieces == eight.pieces
-    # on H200s, a rank of the eight has room for 397,224 tokens
+    # On H200s, each of the eight ranks has room for 397,224 tokens.
     exact = setting("--weights-dtype", "fp8", "--without", "dcp", "tpla")
     for load, fits in ((Load(8, 380_000), True), (Load(9, 380_000), False), (Load(1, 380_000), True)):
         assert [row.fits for row in answer(exact, load).rows if row.method.kind == "dp"] == [fits]
@@ -200,7 +200,7 @@ def test_data_parallel_splits_requests_not_a_request() -> None:
 
 
 def test_groups_of_any_number_are_priced_as_calibrate_makes_their_rows() -> None:
-    """Three groups do not divide what 64 shared columns leave of 512, so calibrate takes 56 of them; six take 80."""
+    """Three groups do not divide 512 - 64 columns, so calibrate shares 56 columns; with six groups it shares 80."""
     found = answer(setting("--model", "kimi-k2", "--ranks", "6", "--gpus", "32"), Load(1, 1000))
     rows = {row.method.code: row for row in found.rows}
     for code, groups, shared in (("T3.8", 3, 56), ("T6.8", 6, 80)):
@@ -232,7 +232,7 @@ def test_slices_are_widened_to_what_a_kernel_serves() -> None:
 
 
 def test_bytes_of_every_format() -> None:
-    """A token, layer and rank of DeepSeek-V3 at T = 8, as the row formats say."""
+    """The bytes of a token, layer and rank of DeepSeek-V3 at T = 8 are those of the row formats."""
     found = answer(setting("--weights-dtype", "fp8", "--cache-dtype", "fp8"), Load(16, 32768))
     rows = {row.method.code: row.cache_bytes_per_token_and_rank / 61 for row in found.rows}
     assert rows["TP"] == 576  # SGLang's own FP8 cache
@@ -276,7 +276,7 @@ def test_sketched_rows_by_hand() -> None:
 
 
 def test_slices_must_beat_the_8_bit_cache() -> None:
-    """TPLA on several groups is compared with 8-bit MLA, and not with bf16, where 8-bit MLA beats plain TP."""
+    """If 8-bit MLA beats plain TP, TPLA on several groups is compared with 8-bit MLA, and not with bf16."""
     load = Load(16, 32768)
     base = ["--weights-dtype", "fp8", "--without", "dcp", "dp"]
     found = answer(setting(*base, "--margin", "0.15"), load)
@@ -285,7 +285,7 @@ def test_slices_must_beat_the_8_bit_cache() -> None:
     assert any("0.0002 nats" in reason for reason in found.reasons)
     rows = {row.method.code: row for row in found.rows}
     best = min((row for row in found.rows if row.method.groups > 1), key=lambda row: row.layer_s)
-    assert best.layer_s < 0.85 * rows["TP"].layer_s  # against bf16 it would have been taken
+    assert best.layer_s < 0.85 * rows["TP"].layer_s  # it would have been chosen if compared with bf16
 
 
 def test_what_is_not_there_is_said_in_its_row() -> None:
@@ -310,7 +310,7 @@ def test_other_gpus_scale_from_the_measured_one() -> None:
     measured, scaled = H100.rates["flashinfer_fa3"], GPUS["h200"].rates["flashinfer_fa3"]
     assert scaled.bytes_per_s == pytest.approx(measured.bytes_per_s * 4.8 / 3.35)
     assert scaled.overhead_s == measured.overhead_s
-    # a request of as much more bytes takes as long
+    # A request with bytes in proportion takes equally long.
     assert scaled.alone_s(4.8e7) == pytest.approx(measured.alone_s(3.35e7))
     doubled = H100.with_numbers(sheet_bytes_per_s=6.7e12).rates["hopper"]
     assert doubled.bytes_per_s == pytest.approx(2 * H100.rates["hopper"].bytes_per_s)
@@ -338,9 +338,10 @@ def test_slices_are_read_at_the_rate_of_their_width() -> None:
 
 
 def test_h200_attention_agrees_with_the_recorded_run() -> None:
-    """Times are within 8%, half within 4%, of benchmarks/decode_kernel.py on an H200.
+    """Times are within 8% (one within 20%), half within 4%, of benchmarks/decode_kernel.py on an H200.
 
-    With 128 heads, which the tensor cores bound, the kernel of that day was slower than today's, by which they are.
+    The planner's rates are those of today's kernel. At 128 heads, where tensor cores are the bottleneck, the recorded
+    kernel was slower.
     """
     path = Path(__file__).parents[2] / "benchmarks/results/h200/decode_kernel_apart_2026-11-25.json"
     ratios = []
@@ -468,13 +469,13 @@ def test_every_link_and_gpu_gives_an_answer() -> None:
 
 
 def test_speculation_multiplies_operations_and_not_the_cache() -> None:
-    """One step's products have more rows, and the cache is read once for all of them, by hand."""
+    """A step's products have more rows, and the cache is read once for all of them; the figures are by hand."""
     plain = Method("tp", 8)
     one = rank_work(V3, plain, Load(16, 32768), BF16, (9, 0))
     four = rank_work(V3, plain, Load(16, 32768, 4, 2.5), BF16, (9, 0))
     before, after = ({piece.name: piece for piece in work.pieces} for work in (one, four))
     assert all(after[name].flops == 4 * piece.flops for name, piece in before.items())
-    rows = 16 * V3.heads // 8 * (2 * 512 + 64) * 2  # bytes of a step's queries and outputs, a token a request
+    rows = 16 * V3.heads // 8 * (2 * 512 + 64) * 2  # bytes of a step's queries and outputs, for one token a request
     assert after["attention"].moved_bytes - before["attention"].moved_bytes == 3 * rows
     assert [c.size_bytes for c in four.collectives] == [4 * c.size_bytes for c in one.collectives]
 

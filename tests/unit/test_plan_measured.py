@@ -1,4 +1,4 @@
-"""The planner beside steps that SGLang's model runner was measured at, and what it takes from FlashInfer's split."""
+"""The planner is compared with measured steps of SGLang's model runner, and its model of FlashInfer's split by hand."""
 
 import json
 from pathlib import Path
@@ -15,15 +15,16 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "h200"
 
 
 def test_48_requests_split_unevenly_and_64_do_not() -> None:
-    """By hand: 48 x 32,768 tokens are chunks of 12,032, 12,032 and 8,704, 144 of them for 132 multiprocessors."""
+    """48 x 32,768 tokens make 144 chunks of 12,032, 12,032 and 8,704 tokens for 132 multiprocessors."""
     assert chunk_limit(-(-48 * 32768 // 132)) == 12032
     taken = sorted(cluster_tokens(Requests(48, 32768, 16), 132))
     assert sum(taken) == 48 * 32768
-    # 44 requests fill all; of the other four, the longer chunks and two of the shorter ones join chunks of 8,704
+    # 44 requests fill all multiprocessors. The twelve chunks of the other four join chunks of 8,704: eight of 12,032
+    # and four of 8,704.
     assert taken == sorted([12032] * 88 + [8704] * 32 + [8704 + 12032] * 8 + [8704 + 8704] * 4)
     split = uneven(Requests(48, 32768, 16), 132, 1e9)
     assert split.products == pytest.approx(20736 * 132 / (48 * 32768))
-    assert split.bytes == pytest.approx(1)  # whoever still reads has all of the bandwidth
+    assert split.bytes == pytest.approx(1)  # those that still read share all of the bandwidth
     assert uneven(Requests(48, 32768, 16), 132, 1.0).bytes == pytest.approx(split.products)
     assert uneven(Requests(64, 8192, 16), 132, 1.3) == Uneven(1, 1)
 
@@ -41,7 +42,7 @@ def test_chunks_are_rounded_up_as_in_flashinfer(chunk: int, limit: int) -> None:
 
 
 def test_sglangs_fp8_cache_is_priced_under_the_kernel_that_serves_it() -> None:
-    """Measured on an H200 it is slower than bf16 at every load that both ran: FlashInfer's fa3 refuses it."""
+    """On an H200 this cache was measured slower than bf16 at every load that both ran: FlashInfer's fa3 refuses it."""
     model, load = find("deepseek-v3"), Load(16, 32768)
     seconds = {}
     for cache in ("bf16", "fp8"):
@@ -50,14 +51,14 @@ def test_sglangs_fp8_cache_is_priced_under_the_kernel_that_serves_it() -> None:
             seconds[cache, capability] = price(work, H200, LINKS["nvlink"]).kernels_s["attention"]
     assert seconds["fp8", (9, 0)] > 4 * seconds["bf16", (9, 0)]
     assert seconds["fp8", (8, 0)] < seconds["bf16", (8, 0)]
-    # a block has 16 heads: eight times as many read the cache eight times
+    # A block has 16 heads, so eight times as many heads read the cache eight times.
     many = rank_work(model, Method("dp", 1), load, Precision("bf16", "fp8"), (9, 0))
     assert price(many, H200, LINKS["nvlink"]).kernels_s["attention"] > 6 * seconds["fp8", (9, 0)]
 
 
 @pytest.mark.parametrize("name", ["headline_alone_2026-11-30", "headline_2026-11-29", "headline_sketched_2026-11-30"])
 def test_steps_of_sglang(name: str) -> None:
-    """Plain TP is within 10% everywhere; of all steps eight of ten are, and none but Triton's is 20% off."""
+    """Plain TP is within 10% everywhere, as are eight of ten of all steps; only Triton's may be off by 20% or more."""
     steps = steps_of(json.loads((RESULTS / f"{name}.json").read_text()), H200)
     ratios = {step: step.ratio for step in steps}
     assert all(0.9 < ratio < 1.1 for step, ratio in ratios.items() if step.job in ("v3-mla", "k2-mla"))

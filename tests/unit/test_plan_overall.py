@@ -19,7 +19,7 @@ def test_overall_is_least_behind() -> None:
 
 
 def tied(rows: list[tuple[Method, float, int]]) -> Answer:
-    """An answer of methods with their times and bytes, which recommends the first."""
+    """Return an answer with methods, their times and bytes, which recommends the first."""
     priced = [
         Row(
             method, price=Price({"attention": time_s}, 0.0), cache_bytes_per_token_and_rank=size, fits=time_s < math.inf
@@ -49,7 +49,7 @@ SLICED, SKETCHED, EIGHT_BIT, PLAIN, DCP = (
 def test_between_equals_the_closer_one_then_the_smaller(
     sizes: dict[Method, int], expected: Method, faster_s: float
 ) -> None:
-    """Each is best at a load of its own and as far behind (or does not fit) at the others'."""
+    """Each method is best at one load, and equally far behind (or does not fit) at the others'."""
     loads = [[(first, 0.5), *((m, faster_s) for m in sizes if m is not first)] for first in sizes]
     for turn in range(len(loads)):
         answers = [tied([(m, time_s, sizes[m]) for m, time_s in load]) for load in loads[turn:] + loads[:turn]]
@@ -57,7 +57,7 @@ def test_between_equals_the_closer_one_then_the_smaller(
 
 
 def test_overall_fits_as_many_loads_as_one_can() -> None:
-    """Plain TP does not fit the long loads, at which the others are far behind each other."""
+    """Plain TP does not fit the long loads, and of the others each is far behind at one of these."""
     long = (
         [(SLICED, 1.0, 1), (PLAIN, math.inf, 5), (DCP, 9.0, 1)],
         [(SLICED, 9.0, 1), (PLAIN, math.inf, 5), (DCP, 1.0, 1)],

@@ -1,4 +1,4 @@
-"""Rooms and lanes of the prefill side alone: no threads, no sockets, and the time is what the test says."""
+"""Rooms and lanes of the prefill side alone, without threads and sockets; the test sets the time."""
 
 from collections import Counter
 from typing import Any
@@ -54,20 +54,20 @@ class Rank:
         )  # fmt: skip
 
     def hear(self, name: str, message: Any, now: float = 0.0) -> None:
-        """A decode rank says something."""
+        """Handle a message from a decode rank."""
         self.rooms.message(self.peers[name.encode()], message, now)
 
     def said(self, name: str) -> list[Any]:
-        """What was said since, to a decode rank or to none."""
+        """Return the messages for a decode rank since the last call, and drop those for other ranks."""
         return [message for identity, message, _ in self.out.take() if identity == name.encode()]
 
     def send_all(self, room_id: int, now: float = 0.0) -> None:
-        """One page of rows, the last."""
+        """Send one page of rows, the last of the room."""
         span = Span(0, Slots(np.arange(PAGE)), (), in_place=False)
         self.rooms.send(self.rooms.table[room_id], span, True, b"row", now)
 
     def chunks(self) -> list[tuple[int, list[str]]]:
-        """All that can go now: sequence, and the ranks that each chunk travels to."""
+        """Return all chunks that can go now: their sequence, and the ranks that get them."""
         found = []
         while (job := self.lanes.next_job()) is not None:
             job.plan.digests[job.sequence] = bytes(8)
@@ -80,7 +80,7 @@ PLAIN = SenderProjection(None)
 
 
 def request(ranks: int) -> messages.Request:
-    """For room 1, which so many decode ranks ask for."""
+    """Return a request for room 1, for which ``ranks`` decode ranks ask."""
     return messages.Request(1, 5, ranks, 0, PAGE, False, 0, 1)
 
 
@@ -127,7 +127,7 @@ def test_the_time_is_what_the_caller_says() -> None:
 def test_every_rank_is_told_once_that_requests_do_not_go_together(
     expected: tuple[int, ...], prefixes: tuple[int, ...], why: str
 ) -> None:
-    """Also one that is looked at, when the room opens, after an earlier one has failed it."""
+    """This includes a request that is looked at, when the room opens, after an earlier one has failed the room."""
     rank = Rank("a", "b", "c")
     for name, ranks, prefix in zip("abc", expected, prefixes, strict=True):
         rank.hear(name, messages.Request(1, 5, ranks, prefix, PAGE, False, 0, 1))
@@ -140,7 +140,7 @@ def test_every_rank_is_told_once_that_requests_do_not_go_together(
 
 
 def test_a_chunk_is_repeated_when_the_first_rank_of_its_host_is_done_and_gone() -> None:
-    """Lanes go by their first rank; one that has all must not hold up the others when it leaves."""
+    """A lane follows its first rank; if that rank has all chunks and leaves, it must not hold up the others."""
     rank = Rank("a", "b")
     rank.rooms.open(1, PAGE, 0.0)
     for name in ("a", "b"):
@@ -155,7 +155,7 @@ def test_a_chunk_is_repeated_when_the_first_rank_of_its_host_is_done_and_gone() 
     gone = rank.peers.pop(b"a")
     rank.rooms.lost(gone, "closed", 1.0)
     assert not rank.rooms.table[1].state.ended
-    rank.hear("b", messages.Nack(1, 5, 0, 0))  # it could not read there any more
+    rank.hear("b", messages.Nack(1, 5, 0, 0))  # b could no longer read the memory of a
     assert rank.chunks() == [(0, ["b"])]
     rank.hear("b", messages.Done(1, 5))
     assert rank.rooms.table[1].state is RoomState.SUCCESS
@@ -180,7 +180,7 @@ def test_each_agent_is_told_once_why_a_room_failed_that_it_had_not_spoken_of() -
 
 
 def test_requests_for_rooms_that_nobody_has_opened_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one rank: the next one is turned away, and there is room again once a room is opened or given up."""
+    """The bound is for one rank. The next request is refused, until a room is opened or given up."""
     monkeypatch.setattr(rooms, "MAX_EARLY_REQUESTS", 2)
     rank = Rank("a", "b")
 

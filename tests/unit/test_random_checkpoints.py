@@ -46,12 +46,12 @@ def test_checkpoints_are_sharded(nano_mla: str, tmp_path: Path) -> None:
 def test_commands_read_a_wrapped_model_of_a_later_transformers(
     nano_mla: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its rotary embedding stands in ``rope_parameters`` of the nested config, beside nulls under the older names."""
+    """The nested config has the rotary embedding in ``rope_parameters``, and nulls under the older names."""
     folder = random_checkpoint(tmp_path / "kimi-k2.5", "kimi-k2.5", nano_mla)
     identity = config_hash(Checkpoint(folder).config)
     whole = json.loads((folder / "config.json").read_text())
     inner = whole["text_config"]
-    yarn = {"rope_theta": inner["rope_theta"]} | inner["rope_scaling"]  # a base beside the stretch replaces the other
+    yarn = {"rope_theta": inner["rope_theta"]} | inner["rope_scaling"]  # a base in the scaling replaces the other
     inner |= {"rope_theta": None, "rope_scaling": None, "rope_parameters": yarn}
     (folder / "config.json").write_text(json.dumps(whole))
     artifact, few = tmp_path / "a.safetensors", ["--prompt-tokens", "64", "--continuation-tokens", "32"]

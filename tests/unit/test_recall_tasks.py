@@ -1,4 +1,4 @@
-"""Documents with planted facts: what is asked was said before, sizes keep to what was asked for, results add up."""
+"""Documents with planted facts: questions ask for planted facts, sizes are as requested, and results add up."""
 
 import random
 import re

@@ -1,4 +1,4 @@
-"""A body that breaks the code which reads it is answered 400; the same error anywhere else is the server's."""
+"""A body that breaks the code which reads it is answered 400; the same error elsewhere is the server's."""
 
 import asyncio
 from typing import Any
@@ -11,7 +11,7 @@ from sglang_tpla.host.requests.bodies import WRONG_VALUE, refuse
 
 
 class Asked(BaseModel):
-    """Looks into a field before its type is checked."""
+    """This body's validator looks into a field before its type is checked."""
 
     form: dict[str, Any] | None = None
 

@@ -1,4 +1,4 @@
-"""The valid fields of a request: rooms, hosts, ids and sampling parameters, and one room a sample."""
+"""The valid fields of a request: rooms, hosts, ids, sampling parameters, and one room for each sample."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ LIMITS = Limits(vocab=1000, top_logprobs=128, data_parallel=2, own_host="2.2.2.2
 
 
 def item(**changes: Any) -> SimpleNamespace:
-    """One request as SGLang has filled it in."""
+    """Return one request as SGLang has filled it in."""
     fields: dict[str, Any] = dict.fromkeys(
         ("text", "input_embeds", "session_params", "token_ids_logprob", "positional_embed_overrides",
          "multi_item_delimiter_indices", "http_worker_ipc", "lora_id", "rid", "disagg_prefill_dp_rank", *PER_PROMPT)
@@ -94,7 +94,7 @@ def test_what_cannot_be_served_is_refused_with_its_range(field: str, value: Any,
 
 @pytest.mark.parametrize("ids", [[], [1, 999999], ["a"], [[1]]])
 def test_ids_beside_a_text_are_read_as_the_server_reads_them(ids: list[Any]) -> None:
-    """SGLang takes the ids of a request that has both, and ids that it cannot embed end its scheduler."""
+    """SGLang uses the ids of a request that has both, and ids that it cannot embed end its scheduler."""
     with pytest.raises(RequestRefused, match="input_ids must"):
         check_item(item(text="x", input_ids=ids), LIMITS)
     check_item(item(text="x", input_ids=[1]), LIMITS)
@@ -146,8 +146,8 @@ def test_every_sample_has_all_of_its_prompts_images() -> None:
              "mm_hashes": ["1", "2"]}  # fmt: skip
     one = raw(sampling_params={"n": 2}, **media)
     give_each_its_room(one)
-    assert (one.image_data, one.mm_hashes) == ([["A", "B"]] * 2, [["1", "2"]] * 2)  # not an image a sample
-    assert (one.video_data, one.audio_data) == ("V", [])  # one for all, and none
+    assert (one.image_data, one.mm_hashes) == ([["A", "B"]] * 2, [["1", "2"]] * 2)  # each sample has both images
+    assert (one.video_data, one.audio_data) == ("V", [])  # one video for all, and no audio
 
     nested = raw(sampling_params={"n": 3}, image_data=[["A", "B"]])
     give_each_its_room(nested)
@@ -159,7 +159,7 @@ def test_every_sample_has_all_of_its_prompts_images() -> None:
 
 
 def test_samples_of_a_prompt_given_twice_have_both_forms() -> None:
-    """SGLang takes the ids of both, by the sample's place."""
+    """If a request has both forms, SGLang uses the ids, by the sample's place."""
     one = raw(sampling_params={"n": 2}, input_ids=[1, 2, 3])
     give_each_its_room(one)
     assert (one.text, one.input_ids) == (["a"] * 2, [[1, 2, 3]] * 2)
@@ -176,7 +176,7 @@ def test_fields_that_a_release_lacks_stay_away() -> None:
 
 
 def test_a_room_for_each_sample_is_kept() -> None:
-    """Routers give one a sample to some endpoints, and one a prompt to others."""
+    """Routers give some endpoints a room for each sample, and others a room for each prompt."""
     one = raw(sampling_params={"n": 2}, bootstrap_room=[5, 6], bootstrap_host=["h", "h"])
     give_each_its_room(one)
     assert (one.bootstrap_room, one.bootstrap_host) == ([5, 6], ["h", "h"])

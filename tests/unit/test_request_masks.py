@@ -1,4 +1,4 @@
-"""Rows of logits in which every token is forbidden: one that sampling can take, and the grammar has the last word."""
+"""If a row of logits forbids every token, sampling still gets a valid row, and the grammar has the last word."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,7 @@ NEVER = float("-inf")
 
 
 def allow(*rows: list[int]) -> Any:
-    """A grammar's mask: the tokens that each row allows, of four."""
+    """Return a grammar's mask over four tokens; ``rows`` are the tokens that each row allows."""
     forbidden = torch.tensor([[token not in row for token in range(4)] for row in rows])
     return lambda self, logits: logits.masked_fill_(forbidden, NEVER)
 
@@ -21,7 +21,7 @@ def test_a_grammar_without_a_way_on() -> None:
     logits = torch.tensor([[1.0, 2, 3, 4], [1.0, 2, 3, 4]])
     apply_grammar(allow([0, 1, 2], []), None, logits)
     assert logits[0].tolist() == [1, 2, 3, NEVER], "others are as they would be"
-    torch.multinomial(logits.softmax(-1), 1)  # which ends the server over a row of no numbers
+    torch.multinomial(logits.softmax(-1), 1)  # a row of NaN would end the server here
 
 
 def test_a_grammar_that_demands_the_end_goes_before_a_shortest_length() -> None:

@@ -1,4 +1,4 @@
-"""Patterns and grammars that would hold up a server are refused by their form, and those that people write are not."""
+"""Patterns and grammars that would hold up a server are refused by their form; ordinary ones are accepted."""
 
 import json
 from typing import Any
@@ -14,10 +14,10 @@ ORDINARY = [
     "(?:[0-9a-f]{2}:){5}[0-9a-f]{2}", r"\s*\w+\s*=", "Question:.*Answer:.*", r"<a[^>]*>[^<]*</a>\s*<b[^>]*>[^<]*</b>",
     "(ab*c)*", "[a-z]{1,2000}", "(?P<q>['\"]).*(?P=q)",
 ]  # fmt: skip
-# Python searches each of these in a text of some thirty letters for longer than a request lives.
+# Python's search of each in a text of some thirty letters takes longer than a request lives.
 BACKTRACKS = ["(a+)+$", "(a|aa)+b", "(.|a)*b", "(a?){50}b", r"(\w+\s?)*b", "((a{0,9}){0,9}){0,9}b", "(?:x|y|xy)*z",
               "(?i)(aA*)*b"]  # fmt: skip
-# xgrammar masks the first token of each of these for seconds or minutes.
+# xgrammar takes seconds or minutes to mask the first token of each of these.
 SLOW_GRAMMARS = ["([a-z]{1,20}){1,50}", "([a-z]{0,1}){1,300}", r"([a-z]{2,20},?){1,50}"]
 
 
@@ -52,7 +52,7 @@ def test_repetitions_in_a_row_of_the_same_characters(pattern: str) -> None:
 
 
 def test_a_long_row_is_seen_at_once() -> None:
-    """The check itself is quick: as many repetitions as fit, each of a character of its own."""
+    """The check is quick even for as many repetitions as fit, each of a different character."""
     row = "".join(chr(0x4E00 + i) + "*" for i in range(500))
     for _ in range(64):
         with pytest.raises(RequestRefused, match="in a row"):
@@ -72,7 +72,7 @@ def test_counted_repetitions_of_counted_repetitions(pattern: str) -> None:
 
 @pytest.mark.parametrize("before", ["(?<n>a)", r"\i", r"\u{61}", "[^]"])
 def test_a_dialect_that_is_not_checked_repeats_no_group_by_counts(before: str) -> None:
-    """xgrammar reads all of these."""
+    """xgrammar accepts all of these dialects."""
     for pattern in SLOW_GRAMMARS:
         with pytest.raises(RequestRefused, match=r"repeats a group by counts, .* and cannot be checked"):
             check_grammar({"regex": before + pattern}, VOCAB)
@@ -81,7 +81,7 @@ def test_a_dialect_that_is_not_checked_repeats_no_group_by_counts(before: str) -
 
 @pytest.mark.parametrize("schema", ["{", '{"type": "string"} x', '{"a": ' + "1" * 5000 + "}"])
 def test_what_is_no_json_is_refused_though_the_compiler_may_read_it(schema: str) -> None:
-    """xgrammar reads the second one, and no check here would see what stands in it."""
+    """xgrammar reads the second of these texts, and no check here could see its content."""
     for name in ("json_schema", "structural_tag"):
         with pytest.raises(RequestRefused, match=f"{name} is no JSON"):
             check_grammar({name: schema}, VOCAB)
@@ -89,7 +89,7 @@ def test_what_is_no_json_is_refused_though_the_compiler_may_read_it(schema: str)
 
 
 def test_objects_that_count_their_properties() -> None:
-    """xgrammar takes memory without end for some hundred of them."""
+    """xgrammar needs unbounded memory for some hundred properties."""
 
     def schema(count: int, **bounds: int) -> dict[str, Any]:
         return {"type": "object", "properties": {f"a{i}": {} for i in range(count)}, **bounds}
@@ -153,7 +153,7 @@ def tag(**form: Any) -> dict[str, Any]:
     ],
 )
 def test_a_token_beyond_the_vocabulary(params: dict[str, Any]) -> None:
-    """For each of these xgrammar reads past its table and ends the process."""
+    """For each of these tokens, xgrammar reads past its table and ends the process."""
     with pytest.raises(RequestRefused, match=r"token ids must lie in 0\.\.\.4095; got"):
         check(params)
 

@@ -1,6 +1,6 @@
-"""The rings of the Hopper kernels hold whichever warp is late: models of their barriers under many seeded schedules.
+"""The rings of the Hopper kernels work whichever warp is late: models of their barriers run many seeded schedules.
 
-``TEST_RING_SCHEDULES=2000`` runs as many of each ring.
+``TEST_RING_SCHEDULES=2000`` runs 2,000 schedules of each ring.
 """
 
 import os
@@ -18,18 +18,18 @@ from sglang_tpla.attention.hopper.decode import Variant, variant_for
 from sglang_tpla.attention.hopper.sketched import MAX_STAGES, MIN_STAGES
 from sglang_tpla.attention.interface import DecodeShape
 
-SCHEDULES = int(os.environ.get("TEST_RING_SCHEDULES", "20"))  # of each ring
-ENOUGH = 200  # schedules for what is wrong to go wrong; mostly it takes one to ten
-Make = Callable[[int], Block]  # from a seed
+SCHEDULES = int(os.environ.get("TEST_RING_SCHEDULES", "20"))  # schedules of each ring
+ENOUGH = 200  # schedules in which an error should show; mostly it takes one to ten
+Make = Callable[[int], Block]  # makes a block from a seed
 
 
 def random_work(seed: int, ring_tiles: float) -> Work:
-    """Segments of up to 12 tiles that go around the ring at least three times. Some warps vote for second tries."""
+    """Return segments of up to 12 tiles that go around the ring at least three times; some warps vote for retries."""
     draw = random.Random(seed)
     tiles: list[int] = []
     while sum(tiles) < 3 * ring_tiles:
         tiles.append(draw.choice((0, 1, 2, draw.randint(1, 12), draw.randint(1, 12))))
-    chance = draw.choice((0, 0.02, 0.2))  # of a vote
+    chance = draw.choice((0, 0.02, 0.2))  # the chance of a vote
     over = [
         (segment, tile, attempt, warp)
         for segment, count in enumerate(tiles)
@@ -68,7 +68,7 @@ def test_sketched_rows(stages: int, row_values: bool) -> None:
 
 
 def served_rings() -> list[tuple[int, str]]:
-    """The stages and mode of the kernel for bfloat16 rows at all widths."""
+    """Return the stages and modes of the kernel for bfloat16 rows at all widths."""
     variants = [variant_for(DecodeShape(width, heads)) for width in range(64, 513, 32) for heads in (8, 64, 128)]
     return sorted({(variant.stages, variant.mode) for variant in variants if isinstance(variant, Variant)})
 
@@ -82,18 +82,18 @@ def test_tiles() -> None:
     run_schedules(tiles)
 
 
-# What the models find to be wrong. A trusting one goes on after a wait that went wrong, and shows what comes of it.
+# The models must find the errors below. A trusting model continues after a wrong wait, and shows the consequences.
 
 
 class OwnRoomAlone(SketchedBlock):
-    """The producer's first rule: a warp waits for room for its own half tiles, and meets nobody."""
+    """The producer's first rule: a warp waits only for room for its half tiles, and does not meet the others."""
 
     def sync_producers(self, warp: int) -> Steps:
         yield from ()
 
 
 class RoomOfOthersToo(SketchedBlock):
-    """Its second rule, for an odd number of stages: a warp waits for room for both halves of each tile, in order."""
+    """The second rule, for an odd number of stages: a warp waits for room for both halves of each tile, in order."""
 
     def produce(self, warp: int, copies: Copies) -> Steps:
         at = Place(self.stages)
@@ -108,9 +108,9 @@ class RoomOfOthersToo(SketchedBlock):
 
 
 def test_a_producer_must_not_be_a_round_ahead() -> None:
-    """Of five stages, with values by query rows.
+    """Five stages, with values by query rows, need the rule.
 
-    With seven or more, or with values turned, a stage that was given back tells enough about those before it.
+    With seven or more, or with turned values, a freed stage implies enough about the stages before it.
     """
     with pytest.raises(RingError, match=r"producer warp .: a wait for phase . of empty.* returns"):
         run_schedules(sketched(5, True, OwnRoomAlone), ENOUGH)
@@ -130,7 +130,7 @@ def test_a_producer_must_not_wait_for_room_that_others_fill(stages: int, row_val
 @pytest.mark.parametrize("trusting", [False, True])
 @pytest.mark.parametrize("row_values", [False, True])
 def test_three_stages_are_too_few_for_half_tiles(row_values: bool, trusting: bool) -> None:
-    """A reader of values by query rows mistakes a stage. Turned values never come to their first tile."""
+    """A reader of values by query rows mistakes a stage. Turned values never get to their first tile."""
     found = "no warp can move" if not row_values else "a reader of .* sees" if trusting else "a wait for .* returns"
     with pytest.raises(RingError, match=found):
         run_schedules(sketched(3, row_values, trusting=trusting), ENOUGH)
@@ -153,7 +153,7 @@ def test_one_stage_is_too_few_for_tiles(mode: str) -> None:
     ],
 )
 def test_every_arrival_counts(make: Make, name: str) -> None:
-    """A barrier that expects one warp too few is found out by what it comes to."""
+    """The models notice if a barrier expects one warp too few."""
 
     def short(seed: int) -> Block:
         block = make(seed)

@@ -1,6 +1,6 @@
-"""The kernels that make and place a GPU's chunks, in Triton's interpreter, against their twins.
+"""The kernels that make and place a GPU's chunks are compared with their twins in Triton's interpreter.
 
-What the twins do is held by `test_transfer_chunks` and by the transfers of ``wire/``.
+`test_transfer_chunks` and the transfers of ``wire/`` test the twins.
 """
 
 import pytest

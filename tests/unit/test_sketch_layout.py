@@ -1,4 +1,4 @@
-"""Sizes of sketched rows that nobody gave: what rounding costs, and what comes of it."""
+"""The default sizes of sketched rows: the cost of rounding, and the layouts that follow from it."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from sglang_tpla.reference_model.sketched_layer import rounded
 
 
 def layers(energies: torch.Tensor) -> list[LayerCosts]:
-    """Two layers whose columns cost scores the squares of ``energies``, and values nine times as much."""
+    """Return two layers whose columns cost scores the squares of ``energies``, and values nine times as much."""
     scores = torch.diag(energies.double().square())
     eye = torch.eye(len(energies), dtype=torch.float64)
     return [LayerCosts(Basis(eye, eye), scores, 10 * scores)] * 2
@@ -64,11 +64,11 @@ def test_costs_are_those_of_scores_and_values_that_rounding_moves(bits: int) -> 
     found = [
         (absorbed @ (rounding[:, 1 - group] @ maps.a[group][rows.w :]).T).square().mean().item() for group in range(2)
     ]
-    # few columns have smaller largest values, and so less error, than the many that the costs count with
+    # Few columns have smaller largest values, and so less error, than the many columns that the costs assume.
     few = torch.randn(tokens, columns.shape[1], generator=generator)
     share = (sketch_values(*quantise_sketch(few, bits), bits) - few).square().mean().item() / DISTORTION[bits]
     assert sum(found) / 2 == pytest.approx(costs.sketch(rows) * share, rel=0.1)
-    # of columns at 8 bits: errors of values count as those of scores do whose keys differ by a quarter of their spread
+    # Columns at 8 bits: errors of values count like those of scores if keys differ by a quarter of their spread.
     values = torch.einsum("td,hvd->thv", latent, w_uv.double())
     apart = (values - values.mean(0)).square().sum(-1).mean() / 4
     total = 0.0
@@ -82,7 +82,7 @@ def test_costs_are_those_of_scores_and_values_that_rounding_moves(bits: int) -> 
 
 
 def alike(costs: list[LayerCosts], *settings: int | None, **more: int) -> SketchedRows:
-    """The rows of all layers, where they are the same."""
+    """Return the rows of all layers, which must be the same."""
     (rows,) = set(usual_rows(costs, *settings, **more))
     return rows
 
@@ -108,7 +108,7 @@ def test_a_layer_without_latents_has_maps_and_costs_nothing_beside_others() -> N
 
 @pytest.mark.parametrize("size", [0.0, 1e-12])
 def test_key_maps_of_a_layer_without_queries_stay_within_float16(size: float) -> None:
-    """Servers fold them into weights of the model's dtype: infinity times a query of zero is no number."""
+    """Servers fold key maps into weights of the model's dtype, and infinity times a query of zero would be NaN."""
     d, heads, nope, tokens = 64, 2, 16, 1000
     generator = torch.Generator().manual_seed(3)
     moments = LayerMoments.zeros(d, heads, nope)
@@ -137,7 +137,7 @@ def test_padding_is_put_to_use() -> None:
 
 
 def test_a_quiet_model_of_many_groups_or_odd_width_has_rows() -> None:
-    for width, groups in ((128, 128), (72, 8), (97, 3)):  # none with blocks of eight columns
+    for width, groups in ((128, 128), (72, 8), (97, 3)):  # none of these has blocks of eight columns
         assert alike(layers(torch.full((width,), 0.01)), 32, groups).groups == groups
 
 
@@ -154,7 +154,7 @@ def test_bytes_go_where_rounding_costs_most(groups: int) -> None:
         return sum((3 - i) * (layer.columns(x) + layer.sketch(x)) for i, (layer, x) in enumerate(each))
 
     assert cost(rows) < 0.75 * cost([usual] * 3)
-    # what was asked for is in every layer
+    # A requested setting holds in every layer.
     assert alike(steep, 64, groups, 3).sketch_bits == 3
     assert alike(steep, 64, groups, rope_bits=16) == usual
 
@@ -165,12 +165,12 @@ def test_a_loud_model_spends_the_keys_second_byte_on_shared_columns(groups: int,
     usual = alike(LOUD, 32, groups, bits, rope_bits=16)
     assert usual.shared == default_shared(128, groups, bits) and sketch_noise(LOUD, usual) > QUIET
     rows = alike(LOUD, 32, groups, bits)
-    if (groups, bits) == (8, 3):  # the format holds no more than a half shared
+    if (groups, bits) == (8, 3):  # here the format can share at most half of the columns
         assert rows == usual and rows.shared == 64
         return
     assert rows.rope_bits == 8 and usual.shared < rows.shared <= 96 and rows.row_bytes <= usual.row_bytes
     assert sketch_noise(LOUD, rows) < sketch_noise(LOUD, usual)
-    # asked for 8 bits, it saves bytes
+    # A request for 8 bits saves bytes.
     asked = alike(LOUD, 32, groups, bits, rope_bits=8)
     assert (
         asked.rope_bits == 8

@@ -1,4 +1,4 @@
-"""Maps of sketched rows: exact but for rounding, the same for all columns shared as for one group, and in the file."""
+"""Maps of sketched rows are exact but for rounding, equal one group's if all columns are shared, and fit the file."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ D, H, N, ROPE = 32, 3, 6, 8
 
 
 def make_layer(rows: SketchedRows) -> tuple[SketchedMaps, torch.Tensor, torch.Tensor]:
-    """Maps of a layer with an uneven spectrum, latents [tokens, D] of it, and absorbed queries."""
+    """Return maps of a layer with an uneven spectrum, its latents [tokens, D], and absorbed queries."""
     generator = torch.Generator().manual_seed(1)
     spread = torch.randn(D, D, generator=generator) * torch.linspace(2, 0.05, D)[:, None]
     latent = torch.randn(2000, D, generator=generator) @ spread + torch.randn(D, generator=generator)
@@ -68,7 +68,7 @@ def test_the_reference_sees_what_packed_rows_stand_for(rows: SketchedRows) -> No
         found = unpack_rows(rows, packed)
         kept = found.latent[:, : rows.w]
         key = torch.cat([kept, found.sketch], -1) @ maps.a[group]
-        # a product of another shape may round differently, and then a code may be its neighbour
+        # A product of another shape may round differently, and then a code may become its neighbour.
         assert (view.key[0] - key).abs().mean() < 1e-3 * key.abs().mean()
         assert (view.value[0] - kept @ maps.b[group]).abs().mean() < 1e-3 * key.abs().mean()
         assert torch.equal(view.k_rope[0], found.k_rope)
@@ -92,7 +92,7 @@ def test_sketched_columns_cost_scores_alike() -> None:
     for view in maps.views(latent[None], torch.zeros(1, len(latent), ROPE)):
         error = absorbed.flatten(0, 1)[:500] @ view.key[0].T - exact
         noise.append((error.square().mean() / exact.square().mean()).item())
-    # two bits of the weak columns leave the score nearly whole, and neither group is much worse than the other
+    # Two bits of the weak columns leave the score nearly exact, and neither group is much worse than the other.
     assert max(noise) < 0.01 and max(noise) < 3 * min(noise)
 
 

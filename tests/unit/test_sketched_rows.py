@@ -1,4 +1,4 @@
-"""Sketched cache rows against a formula written independently, bit by bit in plain Python, and golden bytes."""
+"""Sketched cache rows are compared with an independent formula, bit by bit in plain Python, and with golden bytes."""
 
 import itertools
 import math
@@ -35,12 +35,12 @@ def test_the_bytes_of_a_row(rows: SketchedRows, row_bytes: int, w_pad: int) -> N
     assert rows.sketch_offset + rows.sketch_bytes <= rows.scales_offset
     if row_bytes >= 256:  # every field starts where 16-byte loads need it
         assert row_bytes % 16 == w_pad % 16 == rows.sketch_offset % 16 == 0
-    # nothing goes over the wire twice, and all ranks of a host together stay within MLA's bytes in bf16
+    # Together all ranks of a host receive no more bytes than MLA's in bf16.
     assert rows.common_bytes + rows.groups * rows.own_bytes <= 2 * (rows.latent_dim + rows.rope_dim)
 
 
 def _squared_error(step: float, levels: int) -> float:
-    """The mean square error of a standard Gaussian on ``levels`` levels, a step apart and half of one from 0."""
+    """Return the mean square error of a standard Gaussian on ``levels`` levels, a step apart and half a step from 0."""
 
     def density(x: float) -> float:
         return math.exp(-x * x / 2) / math.sqrt(2 * math.pi)
@@ -63,8 +63,8 @@ def test_the_step_is_the_best_for_a_gaussian(bits: int) -> None:
     errors = [_squared_error(step, 1 << bits) for step in steps]
     best = min(range(len(steps)), key=errors.__getitem__)
     assert sketched.STEP[bits] == pytest.approx(steps[best], abs=1e-4)
-    assert DISTORTION[bits] == pytest.approx(errors[best], rel=1e-3)  # what `calibrate` counts with
-    # and numbers that the format rounds err as their steps let expect, which their largest value may make larger
+    assert DISTORTION[bits] == pytest.approx(errors[best], rel=1e-3)  # the number that `calibrate` uses
+    # Numbers that the format rounds have the error of their step, which their largest value may have enlarged.
     values = torch.randn(64, 4096, generator=torch.Generator().manual_seed(bits))
     codes, scale = sketched.quantise_sketch(values, bits)
     used = (scale.float() / values.square().mean(-1, keepdim=True).sqrt()).flatten().tolist()
@@ -77,7 +77,7 @@ def test_the_step_is_the_best_for_a_gaussian(bits: int) -> None:
 @pytest.mark.parametrize("bits", sketched.SKETCH_BITS)
 def test_no_value_lies_far_beyond_the_last_level(bits: int) -> None:
     values = torch.randn(256, 96, generator=torch.Generator().manual_seed(bits))
-    values[:, 7] = torch.linspace(-12, 12, 256)  # standard deviations
+    values[:, 7] = torch.linspace(-12, 12, 256)  # in standard deviations
     codes, scale = sketched.quantise_sketch(values, bits)
     beyond = values.abs() / scale.float() - ((1 << bits) - 1) / 2
     assert beyond.max().item() <= {2: 2.0, 3: 1.5, 4: 1.0}[bits] * 1.02 + 0.02
@@ -89,7 +89,7 @@ def test_no_value_lies_far_beyond_the_last_level(bits: int) -> None:
 def _bfloat16(value: float, *, up: bool = False) -> tuple[bytes, float]:
     word = int.from_bytes(struct.pack("<f", value), "little")
     high, low = word >> 16, word & 0xFFFF
-    if up:  # to one whose last bit is zero
+    if up:  # round up to a value whose last bit is zero
         high = -(-(high * 65536 + low) // 131072) * 2
     else:
         high += low > 0x8000 or (low == 0x8000 and high & 1)
@@ -109,7 +109,7 @@ def _bytes(values: list[float], turn: float = 0) -> tuple[bytes, bytes]:
 
 
 def _row(rows: SketchedRows, group: int, shared, own, sketch, rope) -> bytes:
-    """One row written out by the definition: integers of Python instead of tensors."""
+    """Return one row by the definition, computed with Python's integers instead of tensors."""
     d, g, n, b = rows.latent_dim, rows.groups, rows.own, rows.sketch_bits
     assert len(shared) + g * n == d
     turn = (-1) ** group / 4 if n else 0
@@ -200,11 +200,11 @@ def test_two_groups_together_have_half_the_step_of_shared_columns(rows: Sketched
     both = sum(errors) / 2
     assert (both.abs() <= step * 0.2501).all()
     assert (both / step).square().mean() == pytest.approx(1 / 48, rel=0.1)
-    # a group's own error has no side that it prefers, over columns and over tokens alike
+    # The error of each group is unbiased, over columns and over tokens.
     assert max(abs((error / step).mean().item()) for error in errors) < 0.02
 
 
-@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF])  # as a CPU makes it, and as a GPU does
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF])  # the NaN of a CPU, and that of a GPU
 def test_a_value_that_is_no_number_has_a_scale_that_is_none(bits: int) -> None:
     value = torch.tensor([[bits]], dtype=torch.int32).view(torch.float32)
     assert sketched.round_up_scale(value).isnan().all()
@@ -249,10 +249,10 @@ def test_parts_are_put_together_as_the_row() -> None:
     for group in range(4):
         found = sketched.assemble(rows, group, common, own)
         written = sorted((to, to + size) for _, to, size in (*rows.common_copies(group), *rows.own_copies()))
-        # the pieces do not overlap, and with the padding they fill the row
+        # The pieces do not overlap, and with the padding they fill the row.
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(written))
         assert sum(stop - start for start, stop in written) == rows.w + rows.rope_bytes + rows.sketch_bytes + 8
-        # a group's own block and the other rounding of shared columns and key, and nothing else, is left out
+        # Only the group's own block and the other rounding of shared columns and key are not taken.
         taken = sum(size for _, _, size in rows.common_copies(group))
         assert taken == rows.common_bytes - rows.block_bytes - rows.shared - rows.rope_bytes
         assert found.shape == (5, rows.row_bytes)

@@ -1,6 +1,6 @@
-"""The PyTorch twins of sketched rows against rows read byte by byte and the equation of attention.
+"""The PyTorch twins of sketched rows are compared with rows read byte by byte and with the equation of attention.
 
-The kernel that writes such rows runs against its twin in Triton's interpreter.
+The kernel that writes such rows is compared with its twin in Triton's interpreter.
 """
 
 import pytest
@@ -46,7 +46,7 @@ def test_new_tokens_are_rounded_from_the_float32_projection(kind: GroupRows, dty
     again = torch.full_like(cache, 255)
     given = (normed.to(dtype).float() @ case.z, case.k_rope, case.slots, again)
     reference.write(CacheWrite(*given, sketched=kind))
-    assert torch.equal(again, cache)  # as a server writes them where the norm has been done
+    assert torch.equal(again, cache)  # a server writes rows so if the norm has been done
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -90,7 +90,7 @@ def test_attention_is_the_equation_over_rows_read_byte_by_byte(kind: GroupRows, 
 
 
 def test_the_reference_models_keys_have_their_columns_where_a_cache_has_them() -> None:
-    """An 8-bit key is rounded by the number of its column, so that another order would be other rows."""
+    """The rounding of an 8-bit key depends on the column's number, so another order would give other rows."""
     key, angles = torch.randn(5, 12), torch.randn(5, 6)
     turned = rotate(key, angles.cos(), angles.sin())
     cached = reference.rotate_pairs(key, torch.cat([angles.cos(), angles.sin()], -1), neox=False)
@@ -99,7 +99,7 @@ def test_the_reference_models_keys_have_their_columns_where_a_cache_has_them() -
 
 @pytest.mark.parametrize("where", ["shared", "own", "another group's sketch", "key"])
 def test_what_is_not_finite_is_seen_by_whoever_reads_the_row(where: str) -> None:
-    """A decode step cannot refuse: the answer must not look sound."""
+    """A decode step cannot refuse a row, so its result must not look sound."""
     kind = GroupRows(SketchedRows.of(24, 2, 8, 6, rope_bits=8), 0)
     rows, shape = kind.rows, DecodeShape.of_rows(kind, 2, dtype=torch.float32)
     z, key = torch.randn(3, kind.columns), torch.randn(3, rows.rope_dim)

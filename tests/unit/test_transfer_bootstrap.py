@@ -1,4 +1,4 @@
-"""A bootstrap server with keys takes sound registrations and refuses others with the reason."""
+"""A bootstrap server with keys accepts sound registrations and refuses others with the reason."""
 
 import hashlib
 import hmac
@@ -34,7 +34,7 @@ class Clock:
 
 
 def headers(gate: Gate, secret: bytes = SECRET, body: bytes = BODY, **changes: str) -> dict[str, str]:
-    """A registration's headers as a prefill rank would make them, with some changed."""
+    """Return a registration's headers as a prefill rank would make them, with some changed."""
     challenge = changes.get("challenge", gate.challenge())
     method, path = changes.get("method", "PUT"), changes.get("path", "/route")
     return {CHALLENGE_HEADER: challenge, SIGNATURE_HEADER: sign(signing_key(secret), method, path, body, challenge)}
@@ -66,9 +66,9 @@ def test_what_was_not_signed_so_is_refused() -> None:
             headers(gate, path="/register_dp_rank"),
             headers(gate) | {SIGNATURE_HEADER: "é" * 64},
             headers(gate) | {CHALLENGE_HEADER: gate.challenge()},
-            headers(gate) | {CHALLENGE_HEADER: "\udcff"},  # a byte that is no text, as aiohttp hands it on
+            headers(gate) | {CHALLENGE_HEADER: "\udcff"},  # aiohttp passes a byte that is no text on like this
         ],
-        "foreign_challenge": [  # captured at another bootstrap server of the same keys, or before this one started
+        "foreign_challenge": [  # captured at another bootstrap server with the same keys, or before this one started
             headers(other),
             headers(gate, challenge="zz"),
             headers(gate, challenge="00" * 56),
@@ -82,7 +82,7 @@ def test_what_was_not_signed_so_is_refused() -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"[" * 60000, b'{"x": "' + b"x" * MAX_BODY_BYTES + b'"}'])
-@pytest.mark.parametrize("secret", [None, SECRET], ids=["open", "signed"])  # the key is another one each time
+@pytest.mark.parametrize("secret", [None, SECRET], ids=["open", "signed"])  # the key is random, and an id must not be
 def test_what_is_no_registration(body: bytes, secret: bytes | None) -> None:
     gate = Gate(secret)
     assert gate.wrong("PUT", "/route", body, headers(gate, body=body)) == "malformed"
@@ -97,7 +97,7 @@ def test_challenges_expire_and_are_then_forgotten() -> None:
     clock.now += CHALLENGE_S + 1
     assert gate.wrong("PUT", "/route", BODY, late) == "expired"
     assert gate.wrong("PUT", "/route", BODY, headers(gate)) is None
-    assert len(gate._used) == 1  # what is remembered does not grow
+    assert len(gate._used) == 1  # used challenges do not accumulate
 
 
 def test_strangers_leave_nothing_behind() -> None:
@@ -118,7 +118,7 @@ def test_without_keys_everyone_registers() -> None:
 def test_a_rank_goes_on_looking_whoever_answers(
     answer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Another service may have taken the bootstrap server's port; the rank says so once, and registers when it can."""
+    """If another service has the bootstrap server's port, the rank logs it once, and registers when it can."""
     looks = iter([answer, answer, {"rank_ip": "127.0.0.1", "rank_port": 7}])
     registrar = Registrar("http://bootstrap", {"rank_ip": "127.0.0.1", "rank_port": 7}, {}, None, period_s=0.001)
     seen = threading.Event()

@@ -1,4 +1,4 @@
-"""The data channel's two ends on a socket pair: any cut of the stream, and what is not of the protocol."""
+"""The data channel's two ends on a socket pair: any cut of the stream, and bytes that violate the protocol."""
 
 import socket
 import struct
@@ -84,7 +84,7 @@ def test_unwanted_chunks_are_left_out_and_begun_ones_finished(pair: Pair) -> Non
     while len(came) < 2:
         queue.flush()
         came += [(bytes(payload), tail == checksum(payload)) for _, payload, tail in reader.receive(1 << 20)]
-    # what nobody wanted any more before it had gone does not count
+    # A chunk that is no longer wanted before its end gets a wrong checksum.
     assert came == [(b"a" * 100_000, False), (b"c" * 70, True)]
     assert log == [100_000, -50, 70]
 
@@ -116,7 +116,7 @@ def test_the_other_side_closing_ends_the_channel(pair: Pair) -> None:
     queue.push(chunk(HEADER, b"whole", []))
     queue.flush()
     pair[0].send(b"\x00\x00")
-    assert pair[0].recv(100)  # the greeting: unread, it would make of the end a reset
+    assert pair[0].recv(100)  # read the greeting, or closing would reset the connection
     pair[0].close()
     got = reader.receive(1 << 20)
     assert bytes(next(got)[1]) == b"whole"
@@ -133,7 +133,7 @@ def test_memory_is_used_again_and_never_far_too_large() -> None:
     assert np.frombuffer(again, dtype=np.uint8).ctypes.data == address and again.nbytes == 600
     buffers.give_back(again)
     small = buffers.take(10)
-    assert small.obj.nbytes == 10  # 1000 bytes for 10 would let small chunks exceed staging
+    assert small.obj.nbytes == 10  # reusing 1000 bytes for 10 would let small chunks exceed staging
     buffers.give_back(memoryview(b"not from here"))
     for _ in range(20):
         buffers.give_back(buffers.take(10))

@@ -1,4 +1,4 @@
-"""Chunk plans cover every value once; rows move as a loop over single values would move them."""
+"""Chunk plans cover every value once, and rows move as a loop over single values would move them."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_a_row_larger_than_a_chunk_is_an_error() -> None:
     ("total_mib", "chunks"), [(0, 0), (1, 1), (4, 1), (10, 3), (16, 4), (60, 4), (64, 4), (100, 7)]
 )
 def test_a_short_prompt_of_a_gpu_has_a_chunk_for_each_stage(total_mib: int, chunks: int) -> None:
-    tokens = total_mib << 10  # of 1 KiB
+    tokens = total_mib << 10  # each of 1 KiB
     most = min(16 << 20, enough_bytes(tokens << 10, "cuda"))
     assert len(cut(0, [512], 0, tokens, 2, most)) == chunks
     assert len(cut(0, [512], 0, tokens, 2, min(16 << 20, enough_bytes(tokens << 10, "cpu")))) == -(-total_mib // 16)

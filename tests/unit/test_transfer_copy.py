@@ -26,7 +26,7 @@ def library(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pieces(sizes: list[int], seed: int) -> IoVec:
-    """Random pieces with gaps between them, in memory's reverse order."""
+    """Return random pieces with gaps between them, in reverse order of memory."""
     memory = np.random.default_rng(seed).integers(0, 256, sum(sizes) + 7 * len(sizes), dtype=np.uint8)
     places, place = [], memory.size
     for size in sizes:
@@ -40,7 +40,7 @@ def content(payload: IoVec) -> bytes:
 
 
 def checksum_of(payload: IoVec) -> bytes:
-    """As a copy takes it."""
+    """Return the checksum that a copy computes."""
     return copy.copy_pieces(payload, one_piece(np.empty(payload.size_bytes, dtype=np.uint8)))
 
 
@@ -100,7 +100,7 @@ def test_copies_are_whole_and_checked(way: str, sizes: list[int], cuts: list[int
 
 
 def _cut(sizes: list[int], total: int) -> list[int]:
-    """The first of ``sizes``, so that they are ``total`` in all."""
+    """Return the first of ``sizes`` up to a sum of ``total``."""
     kept = []
     for size in sizes:
         if total:
@@ -113,7 +113,7 @@ def _cut(sizes: list[int], total: int) -> list[int]:
 @pytest.mark.parametrize("known", [b"", b"digested"])
 @pytest.mark.parametrize("sizes", [[200], [300_000, 1, 70_000, 4096], [1152] * 700])
 def test_what_is_sent_comes_with_its_checksum(library: None, known: bytes, sizes: list[int]) -> None:
-    """Over TCP with small buffers, so that both ends stop in the middle often."""
+    """The test uses TCP with small buffers, so that both ends often stop in the middle."""
     source, target = pieces(sizes, 4), pieces(sizes[::-1], 5)
     outgoing, intake = copy.SocketCopy(source, known), copy.SocketCopy(target)
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -1,4 +1,4 @@
-"""The proof of coverage against a list of cells, for shares and cuts of any kind."""
+"""The proof of coverage is compared with a list of cells, for shares and cuts of any kind."""
 
 import itertools
 from collections import Counter
@@ -22,7 +22,7 @@ def test_shares_are_disjoint_whole_and_even(layers: int, count: int) -> None:
 
 @given(data=st.data())
 def test_chunks_are_whole_where_every_cell_came_once(data: st.DataObject) -> None:
-    """Random rectangles; what a list of all their cells says is what the proof says."""
+    """For random rectangles, the proof agrees with a list of all their cells."""
     layers, tokens = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
     own = [data.draw(st.integers(0, 2)) for _ in range(layers)]
     announced = data.draw(st.integers(1, tokens))

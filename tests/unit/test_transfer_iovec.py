@@ -1,4 +1,4 @@
-"""Rows as extents: all of them, in order, and the arithmetic on pieces of memory."""
+"""Extents hold all rows in order, and the arithmetic on pieces of memory is right."""
 
 import itertools
 

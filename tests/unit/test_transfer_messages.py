@@ -7,7 +7,7 @@ import xxhash
 from sglang_tpla.transfer import messages
 
 DIGEST = bytes(range(8))
-# The arrays; a header is HEAD, the digest of the array, and the array. Changing a byte is a new protocol version.
+# These are the arrays; a header is HEAD, the array's digest and the array. A changed byte is a new protocol version.
 HEAD = "54504c4102"
 GOLDEN = [
     (
@@ -150,7 +150,7 @@ def test_golden_header() -> None:
 
 
 def test_any_flipped_bit_is_seen() -> None:
-    """In the array, its digest or before them: a header is read as it was written, or not at all."""
+    """A header is read as it was written or not at all, even if the bit is in the digest or before the array."""
     header = messages.encode(GOLDEN[10][0])
     for bit in range(8 * len(header)):
         damaged = bytearray(header)
@@ -166,7 +166,7 @@ def test_every_message_has_golden_bytes() -> None:
 
 
 def test_checksum_is_xxh3() -> None:
-    assert messages.checksum(b"").hex() == "2d06800538d394c2"  # of the algorithm's own test vectors
+    assert messages.checksum(b"").hex() == "2d06800538d394c2"  # from the algorithm's own test vectors
 
 
 def test_refused_is_read_in_any_framing_version() -> None:

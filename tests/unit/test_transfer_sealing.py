@@ -1,4 +1,4 @@
-"""Sealed channels on a socket pair: what goes over the wire, and that nothing else than what was sealed opens."""
+"""Sealed channels on a socket pair: the bytes on the wire, and that only sealed bytes open."""
 
 import hashlib
 import hmac
@@ -35,7 +35,7 @@ def chunk(header: bytes, payload: bytes, wanted: bool = True) -> OutgoingChunk:
 
 
 class InPlace:
-    """Memory in pieces that chunks land in, as in the pool."""
+    """Memory in pieces that receive chunks, as the pool does."""
 
     def __init__(self, size: int) -> None:
         self.memory = np.zeros(size, dtype=np.uint8)
@@ -58,7 +58,7 @@ def chunk_reader(stream: socket.socket, key: bytes = KEY, in_place: bool = False
 
 
 def sealed(chunks: list[tuple[bytes, bytes]]) -> list[bytes]:
-    """What the sending end says of each chunk, as bytes."""
+    """Return the bytes that the sending end writes for each chunk."""
     said = []
     near, far = socket.socketpair()
     with near, far:
@@ -73,7 +73,7 @@ def sealed(chunks: list[tuple[bytes, bytes]]) -> list[bytes]:
 
 
 def opened(stream: bytes, pair: Pair, key: bytes = KEY) -> list[tuple[bytes, bytes, bytes]]:
-    """What the receiving end makes of bytes."""
+    """Return the chunks that the receiving end makes of bytes."""
     reader = chunk_reader(pair[1], key)
     pair[0].sendall(stream)
     return [(header, bytes(payload), tail) for header, payload, tail in reader.receive(1 << 30)]
@@ -83,7 +83,7 @@ CHUNKS = [(b"header of chunk %d" % n, b"rows of chunk %d" % n * (n + 1)) for n i
 
 
 def test_golden_bytes() -> None:
-    """Of the first chunk: sizes, header and tag, payload and tag."""
+    """The first chunk's bytes are its sizes, header and tag, payload and tag."""
     (said,) = sealed([(b"a header of a chunk", b"rows")])
     assert said.hex() == (
         "0000001300000004"  # sizes: 19 and 4
@@ -92,7 +92,7 @@ def test_golden_bytes() -> None:
 
 
 def test_the_wire_is_what_the_page_says() -> None:
-    """PROTOCOL.md, written out with one-shot AES-GCM and HMAC: nonces count, keys follow from each other."""
+    """This is PROTOCOL.md in one-shot AES-GCM and HMAC: nonces count up, and each key follows from the last."""
     key = KEY
     for number, ((header, payload), said) in enumerate(zip(CHUNKS, sealed(CHUNKS), strict=True)):
         if number and number % 3 == 0:
@@ -149,7 +149,7 @@ def test_chunks_open_once_and_in_order(order: list[int], pair: Pair) -> None:
 
 
 def test_a_changed_byte_anywhere_is_seen(pair: Pair) -> None:
-    """In the sizes, the header or its tag, nothing opens; in the payload or its tag, the chunk is damaged."""
+    """A change in the sizes, the header or its tag opens nothing; one in the payload or its tag damages the chunk."""
     good = sealed([(b"a header of a chunk", b"rows of it"), (b"the header of another", b"more")])
     whole, payload_at = b"".join(good), 8 + 19 + 16
     for place in range(len(good[0])):
@@ -163,7 +163,7 @@ def test_a_changed_byte_anywhere_is_seen(pair: Pair) -> None:
             except FrameError:
                 assert place < payload_at
                 continue
-            if place < 8:  # a size that is in range: more is waited for, and would not open
+            if place < 8:  # the changed size is in range: the reader waits for more bytes, which would not open
                 assert came == []
             else:
                 assert place >= payload_at
@@ -178,7 +178,7 @@ def test_a_chunk_that_is_cut_off_is_none(left: int, pair: Pair) -> None:
 
 
 def test_parts_of_two_chunks_do_not_go_together(pair: Pair) -> None:
-    """The payload belongs to its header, also under the same key."""
+    """A payload belongs to its header, even under the same key."""
     first, second = sealed([(b"header of chunk 0!!", b"rows"), (b"header of chunk 1!!", b"ROWS")])
     cut = 8 + 19 + 16
     assert [tail for _, _, tail in opened(first[:cut] + second[cut:], pair)] == [DAMAGED]
@@ -210,7 +210,7 @@ def test_no_nonce_serves_twice_under_a_key() -> None:
                 seal.seal_payload(b"h")
             used += [(seal._key, seal._nonce(call.args[0])) for call in nonce.call_args_list]
     assert len(used) == len(set(used)) == 3 * 23 * 2
-    assert len({key for key, _ in used}) == 3 * 5  # 23 chunks, five to a key
+    assert len({key for key, _ in used}) == 3 * 5  # 23 chunks, five per key
     assert key == KEY
 
 

@@ -1,4 +1,4 @@
-"""The memory that staging uses."""
+"""The memory of staging."""
 
 import numpy as np
 

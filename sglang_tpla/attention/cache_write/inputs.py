@@ -1,4 +1,4 @@
-"""The inputs of a cache write: new tokens, the way in which they become rows, and the places of the rows.
+"""The inputs of a cache write: the new tokens, how they become rows, and the slots of those rows.
 
     z = RMSNorm(c; weight, eps) Z,    cache[slot] = row of (z, R(position) k_rope),    q_rope <- R(position) q_rope
 
@@ -21,21 +21,22 @@ class CacheWrite:
         latent: [tokens, d] before the norm; without ``weight`` the finished columns [tokens, w + g n] of sketched rows.
             Rows may be strided.
         k_rope: [tokens, rope]; rows may be strided.
-        slots: [tokens] integer, rows of ``cache``; either token may win a slot that two name.
+        slots: [tokens] integer, rows of ``cache``; if two tokens name one slot, either may win.
         cache: [slots, items] or [slots, 1, items], rows may be strided: w + rope values, or the bytes of a sketched
             row.
-        weight: [d], of the norm; None: norm and projection have been done (for sketched rows alone). eps: of the norm.
+        weight: [d], the norm's weight; None means that norm and projection have been done (sketched rows only).
+        eps: the norm's epsilon.
         z: [d, w] float32, contiguous; None keeps the whole latent (w = d).
-        cos_sin: [positions, rope] float32, cosines then sines; None: ``k_rope`` has been rotated.
+        cos_sin: [positions, rope] float32, cosines then sines; None means that ``k_rope`` has been rotated.
         positions: [tokens] integer, rows of ``cos_sin``.
         q_rope: [tokens, heads, rope], the queries' rope part, rotated in place where ``cos_sin`` is given; tokens and
             heads may be strided. None: rotate no queries.
-        neox: rotate halves; otherwise neighbours. The result keeps the vector's own order.
+        neox: True if a pair's members lie half a vector apart, False if they are neighbours. Rotation keeps the order.
         sketched: the sketched rows and the group that they belong to: the slice is then
             ``[shared | own | sketch of all groups]``, and ``z`` is [d, w + g n]. None: write plain rows.
 
     Raises:
-        AttentionInputError: shapes or dtypes that do not fit.
+        AttentionInputError: a shape or dtype does not fit.
     """
 
     latent: torch.Tensor
@@ -85,7 +86,7 @@ class CacheWrite:
                 )
 
     def _expected(self) -> list[tuple[str, torch.Tensor, tuple[int, ...], torch.dtype]]:
-        """Return each tensor that is given with its name and with the shape and dtype that it must have."""
+        """Return each given tensor with its name and its expected shape and dtype."""
         tokens, d, rope, rows, made = self.tokens, self.latent.shape[1], self.rope_dim, self.rows, self.sketched
         columns = self.width if made is None else made.columns
         dtype = self.cache.dtype if made is None else self.latent.dtype

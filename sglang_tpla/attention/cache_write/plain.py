@@ -4,8 +4,8 @@
 
 (docs/design.md, section 2). Stock MLA needs three launches: the norm, the rotation of queries and key, the write.
 
-The norm covers the whole latent and is rounded to the cache's dtype before the projection, as SGLang's
-``kv_a_layernorm`` and ``transfer.memory.projection.project_latent`` round it: new rows and transferred rows agree.
+The norm covers the whole latent and is rounded to the cache's dtype before the projection, as in SGLang's
+``kv_a_layernorm`` and in ``transfer.memory.projection.project_latent``, so that new rows and transferred rows agree.
 The rotation is that of SGLang's ``DeepseekScalingRotaryEmbedding``.
 """
 
@@ -15,7 +15,7 @@ import torch
 
 from sglang_tpla.attention.cache_write.inputs import CacheWrite
 
-FEW_TOKENS = 16  # up to here a program takes one token; beyond, several
+FEW_TOKENS = 16  # a program takes one token up to this many tokens, and several beyond
 
 
 class Tile(NamedTuple):
@@ -32,7 +32,7 @@ def tile_of(tokens: int, whole: int, columns: int | None) -> Tile:
 
     Args:
         whole: latent values of a token, rounded up to a power of two.
-        columns: where nothing is projected, the columns of a slice, rounded up likewise; otherwise None.
+        columns: columns of a slice, rounded up to a power of two, if nothing is projected; otherwise None.
     """
     if columns is not None:  # tokens and columns share no work
         return Tile(1, columns, whole, 16)
@@ -40,7 +40,7 @@ def tile_of(tokens: int, whole: int, columns: int | None) -> Tile:
 
 
 def operands(new: CacheWrite) -> tuple[torch.Tensor, ...]:
-    """Return the tensors that every kernel reads, in its order; another tensor stands in for each that is None."""
+    """Return the input tensors in the order of the kernels' parameters, with another tensor in place of each None."""
     return (
         new.latent,
         new.k_rope,

@@ -20,7 +20,7 @@ ROTATE_NOT, ROTATE_PAIRS, ROTATE_HALVES = 0, 1, 2
 
 
 def rotation(new: CacheWrite) -> int:
-    """The way in which the kernel rotates keys and queries."""
+    """Return how the kernel rotates keys and queries, as one of the ``ROTATE_`` constants."""
     if new.cos_sin is None:
         return ROTATE_NOT
     return ROTATE_HALVES if new.neox else ROTATE_PAIRS
@@ -36,7 +36,7 @@ def rotated_pairs(
     """
     pair = tl.arange(0, HALF)
     whole = live[:, None] & (pair < ROPE // 2)[None, :]
-    # a pair's members lie side by side, or half a vector apart
+    # A pair's members are adjacent, or half a vector apart.
     a = pair if ROTATE == 2 else 2 * pair
     b = pair + ROPE // 2 if ROTATE == 2 else 2 * pair + 1
     even = tl.load(vector[:, None] + a[None, :], mask=whole, other=0.0)
@@ -52,7 +52,7 @@ def rotated_pairs(
 
 @triton.jit
 def inverse_rms(latent, live, eps, D: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The factor [tokens] that norms each latent; ``latent`` points at each token's."""
+    """Return the factor [tokens] that norms each latent; ``latent`` holds a pointer to each token's latent."""
     square = tl.zeros([BLOCK_TOKENS], tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -77,10 +77,13 @@ def slice_columns(
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Some columns of a norm, or of its projection by ``z``, [tokens, columns] float32; ``latent`` points at tokens."""
+    """Return some columns of the normed latents, or of their projection by ``z``, as [tokens, columns] float32.
+
+    ``latent`` holds a pointer to each token's latent.
+    """
     there = live[:, None] & (column < W)[None, :]
     inverse = inverse_rms(latent, live, eps, D, BLOCK_TOKENS, BLOCK_D)
-    # a norm is rounded to the model's dtype, as where it is a kernel of its own
+    # The norm is rounded to the model's dtype, as a separate norm kernel would round it.
     if not PROJECT:
         x = tl.load(latent[:, None] + column[None, :], mask=there, other=0.0).to(tl.float32)
         scale = tl.load(weight + column, mask=column < W, other=0.0).to(tl.float32)
@@ -94,7 +97,7 @@ def slice_columns(
         normed = (x * inverse[:, None] * scale[None, :]).to(latent.dtype.element_ty).to(tl.float32)
         inside = (d < D)[:, None] & (column < W)[None, :]
         tile = tl.load(z + d[:, None] * W + column[None, :], mask=inside, other=0.0)
-        # for few tokens, tensor cores in float32's precision (tf32x3) were two to ten times slower here
+        # Tensor cores in float32's precision (tf32x3) were two to ten times slower here for few tokens.
         value += tl.sum(normed[:, :, None] * tile[None, :, :], 1)
     return value
 

@@ -22,7 +22,7 @@ def write(new: CacheWrite) -> None:
 
 
 def _slices(new: CacheWrite) -> torch.Tensor:
-    """Return float32 slices [tokens, w]; the norm is rounded to the model's dtype, as a kernel of its own would."""
+    """Return float32 slices [tokens, w]; the norm is rounded to the model's dtype, as a separate norm kernel would."""
     raw = new.latent.to(torch.float32)
     if new.weight is None:
         return raw
@@ -32,7 +32,7 @@ def _slices(new: CacheWrite) -> torch.Tensor:
 
 
 def rotate_pairs(key: torch.Tensor, cos_sin: torch.Tensor, neox: bool) -> torch.Tensor:
-    """Rotate ``key`` [.., rope] by the cosines and sines ``cos_sin`` [.., rope]; the order of values stays."""
+    """Rotate ``key`` [.., rope] by the cosines and sines ``cos_sin`` [.., rope], keeping the order of its values."""
     cos, sin = cos_sin.chunk(2, dim=-1)  # [tokens, rope / 2]
     wide = key.to(torch.float32)
     x, y = wide.chunk(2, dim=-1) if neox else (wide[..., 0::2], wide[..., 1::2])

@@ -1,7 +1,8 @@
 """Write one decode step's new sketched rows in two launches: norm and projection; then rotation, quantisation, packing.
 
-The second kernel quantises every field straight from the float32 projection: these are the bytes that a transfer would
-have brought (`cache_rows.sketched`). Where nothing is projected it runs alone. `plain` describes the other steps.
+The second kernel quantises every field straight from the float32 projection, so its bytes equal those that a transfer
+would have brought (`cache_rows.sketched`). If nothing is projected, the second kernel runs alone. `plain` describes the
+other steps.
 """
 
 from typing import NamedTuple
@@ -12,17 +13,17 @@ from sglang_tpla.attention.cache_write.inputs import CacheWrite
 from sglang_tpla.attention.cache_write.plain import operands, strides
 from sglang_tpla.cache_rows import sketched as rows_format
 
-HOPPER = (9, 0)  # the first GPU whose kernels begin while the one before still runs
-MOST_LATENT = 1024  # values of a latent that one program holds, and the weights of some columns beside them
-FEW_TOKENS = 32  # do not fill the GPU
+HOPPER = (9, 0)  # the first GPU that can start a kernel while its predecessor still runs
+MOST_LATENT = 1024  # values of a latent that one program can hold together with the weights of some columns
+FEW_TOKENS = 32  # this many tokens do not fill the GPU
 BLOCK_HEADS = 16  # query heads of a token, rotated by one program
-Z_PARTS = 3  # bfloat16 numbers that a float32 weight is cut into; all of its bits
+Z_PARTS = 3  # a float32 weight is cut into this many bfloat16 numbers, which hold all of its bits
 
 
 class ProjectionTile(NamedTuple):
     """One program's share of the projection: tokens, columns, parts of the sum over the latent, warps.
 
-    ``late``: the next kernel begins after this one's loads, not before them.
+    With ``late``, the next kernel starts after this one's loads, not before them.
     """
 
     tokens: int
@@ -47,7 +48,7 @@ def tile_of(tokens: int, latent_dim: int, sketch: bool) -> ProjectionTile:
 
 
 def serves(rows: rows_format.SketchedRows) -> bool:
-    """Whether the kernels write such rows: their fields start at even bytes."""
+    """Return whether the kernels can write such rows: their fields must start at even bytes."""
     return rows.alignment == rows_format.ALIGNMENT and rows.latent_dim <= MOST_LATENT
 
 
@@ -114,7 +115,7 @@ def launch(new: CacheWrite) -> None:
         BLOCK_SHARED=block_shared,
         BLOCK_OWN=block_own,
         BLOCK_SKETCH=block_sketch,
-        # few tokens do not fill the GPU: then a thread has two columns of the longest field
+        # Few tokens do not fill the GPU, so 8 warps work on a field: a thread has two columns of the longest field.
         num_warps=8 if new.tokens <= FEW_TOKENS and max(block_shared, block_sketch) >= 512 else 4,
         launch_pdl=follows,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """The Triton kernels behind `cache_write.sketched`. Import it only where Triton runs: on a GPU, or in its interpreter.
 
-The first kernel projects, the second one makes rows of the projected columns: a scale belongs to a whole field, which
-many programs project. Where nothing is projected the second one norms, and runs alone.
+The first kernel projects; the second encodes the projected columns as rows. They are separate because a field has one
+scale, while many programs project its columns. If nothing is projected, the second kernel norms and runs alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sglang_tpla.cache_rows.rounding_triton import (
 def products(x, z, X_PARTS: tl.constexpr, Z_PARTS: tl.constexpr, OPERAND: tl.constexpr):
     """Multiply float32 [splits, tokens, d] by [splits, d, columns] on tensor cores, in parts that bfloat16 holds.
 
-    Products of two small parts are left out.
+    The products of two small parts are omitted.
     """
     value = tl.zeros([x.shape[0], x.shape[1], z.shape[2]], tl.float32)
     for i in tl.static_range(X_PARTS):
@@ -36,7 +36,7 @@ def products(x, z, X_PARTS: tl.constexpr, Z_PARTS: tl.constexpr, OPERAND: tl.con
         for _ in tl.static_range(Z_PARTS - i):
             b = upper_half(rest)
             rest -= b
-            # sums of their own: a tensor core's next product waits for the sum that it adds to
+            # Each product has a separate sum: a product that accumulated into a shared one would wait for it.
             value += tl.dot(a.to(OPERAND), b.to(OPERAND))
     return value
 
@@ -54,9 +54,9 @@ def projection_kernel(
     COLUMNS: tl.constexpr,
     X_PARTS: tl.constexpr,
     Z_PARTS: tl.constexpr,
-    OPERAND: tl.constexpr,  # bfloat16; float32 in the interpreter, which takes bfloat16 for integers there
-    FOLLOWED: tl.constexpr,  # whether the next kernel waits for this one's end itself
-    LATE: tl.constexpr,  # whether it begins after this one's loads
+    OPERAND: tl.constexpr,  # bfloat16; float32 in the interpreter, which takes bfloat16 operands for integers
+    FOLLOWED: tl.constexpr,  # whether the next kernel may start early and itself waits for this one's end
+    LATE: tl.constexpr,  # whether the next kernel starts after this one's loads
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_W: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -64,7 +64,7 @@ def projection_kernel(
 ):
     """Norm and project. Grid: [blocks of tokens, blocks of columns].
 
-    The sum over D is split among the warps of a program: one warp's sums would follow each other.
+    The sum over D is split among the warps of a program, because one warp would compute its sums in sequence.
     """
     if FOLLOWED and not LATE:
         gdc_launch_dependents()
@@ -72,8 +72,8 @@ def projection_kernel(
     column = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     d = tl.arange(0, SPLITS * BLOCK_D)
     token = token.to(tl.int64)
-    # All loads come before the first use of a loaded value. Every token loads the norm's weight, as its latent lies:
-    # moved there from elsewhere, it would be waited for.
+    # All loads come before the first use of a loaded value. Every token loads the norm's weight in the layout of the
+    # latents: converting it from another layout would wait for the load.
     here = (token < tokens)[:, None] & (d < D)[None, :]
     x = tl.load(latent + token[:, None] * latent_stride + d[None, :], mask=here, other=0.0).to(tl.float32)
     scale = tl.load(weight + token[:, None] * 0 + d[None, :], mask=here, other=0.0).to(tl.float32)
@@ -82,7 +82,7 @@ def projection_kernel(
     if FOLLOWED and LATE:
         gdc_launch_dependents()
     inverse = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
-    # a norm is rounded to the model's dtype, as where it is a kernel of its own
+    # The norm is rounded to the model's dtype, as a separate norm kernel would round it.
     normed = (x * inverse[:, None] * scale).to(latent.dtype.element_ty).to(tl.float32)
     if BLOCK_TOKENS == 1:
         value = tl.sum(tl.reshape(normed, [SPLITS * BLOCK_D, 1]) * tile, 0)[None, :]
@@ -158,7 +158,7 @@ def rows_kernel(
     HEADS: tl.constexpr,
     NORMED: tl.constexpr,
     ROTATE: tl.constexpr,
-    FOLLOWS: tl.constexpr,  # whether the kernel before makes ``source`` and may still run
+    FOLLOWS: tl.constexpr,  # whether the preceding kernel writes ``source`` and may still run
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     HALF: tl.constexpr,
@@ -166,10 +166,10 @@ def rows_kernel(
     BLOCK_OWN: tl.constexpr,
     BLOCK_SKETCH: tl.constexpr,
 ):
-    """Grid: [tokens, fields of columns + one for the key + blocks of query heads].
+    """Make rows of columns, keys and queries. Grid: [tokens, fields of columns + one for the key + blocks of heads].
 
-    The first field is the shared columns; their program also writes what no column fills. Own columns and sketch follow
-    where there are any.
+    The first field is the shared columns; its program also writes the padding and the scales of absent fields. Own
+    columns and sketch follow if there are any.
     """
     FIELDS: tl.constexpr = 3 if OWN else 1
     SKETCH: tl.constexpr = W_PAD + ROPE * ROPE_BITS // 8

@@ -1,4 +1,4 @@
-"""Compile CUDA source for Hopper with NVRTC, keep the binaries on disk, load and launch their kernels.
+"""Compile CUDA source for Hopper with NVRTC, cache the binaries on disk, and load and launch their kernels.
 
 NVRTC and the driver bindings (``cuda.bindings``) come with SGLang; compiling needs no nvcc, host compiler or GPU.
 Binaries are cached under ``$SGLANG_TPLA_CACHE`` (default ``~/.cache/sglang_tpla``) by the hash of the source, the
@@ -23,11 +23,11 @@ CUDA = Path(__file__).parent / "cuda"
 
 
 class KernelCompileError(SglangTplaError, RuntimeError):
-    """A kernel that NVRTC or the driver refused; the message carries their log."""
+    """NVRTC or the driver refused a kernel; the message carries the log."""
 
 
 def joined(names: Iterable[str]) -> str:
-    """Return files of ``cuda/`` as one text."""
+    """Return the named files of ``cuda/`` as one text."""
     return "\n".join((CUDA / name).read_text() for name in names)
 
 
@@ -36,7 +36,7 @@ def cache_folder() -> Path:
 
 
 def _checked(who: str, result: tuple[Any, ...], what: str) -> Any:
-    """Return what a call returns besides its status."""
+    """Return a call's result without its status, and raise if the status is an error."""
     if int(result[0]) != 0:
         raise KernelCompileError(f"{who} failed in {what}: {result[0]!r}")
     return result[1] if len(result) > 1 else None
@@ -49,7 +49,7 @@ def compile_cubin(source: str, defines: dict[str, int], name: str) -> tuple[byte
     """Compile ``source`` with ``-D`` ``defines``, and return the binary and the compiler's log (registers, spills).
 
     Raises:
-        KernelCompileError: with the compiler's log.
+        KernelCompileError: the source does not compile; the message carries the compiler's log.
     """
     from cuda.bindings import nvrtc  # type: ignore[import-untyped]
 
@@ -74,7 +74,7 @@ def compile_cubin(source: str, defines: dict[str, int], name: str) -> tuple[byte
 
 
 def cached_cubin(source: str, defines: dict[str, int], name: str) -> bytes:
-    """Read the binary from the disk, or compile and keep it; several processes may do so at once."""
+    """Read the binary from disk, or compile and cache it; several processes may do so at once."""
     from cuda.bindings import nvrtc
 
     version = nvrtc.nvrtcVersion()[1:]
@@ -100,7 +100,7 @@ class KernelModule:
         self._module = _driver(driver.cuModuleLoadData(cubin), "cuModuleLoadData")
 
     def kernel(self, name: str, shared_bytes: int = 0) -> Any:
-        """The kernel called ``name``, with ``shared_bytes`` of dynamic shared memory allowed."""
+        """Return the kernel called ``name``, with ``shared_bytes`` of dynamic shared memory allowed."""
         driver = self._driver
         function = _driver(driver.cuModuleGetFunction(self._module, name.encode()), f"cuModuleGetFunction({name})")
         if shared_bytes > 48 * 1024:

@@ -1,7 +1,7 @@
 """Our paged latent decode kernel for Hopper (``cuda/``) behind the attention interface.
 
 The kernel serves every w that is a multiple of 32 from 64 to 512, with a rope part of 64, 8 to 128 heads, query lengths
-1 to 4 and pages of 1 or 64 tokens, in bfloat16 (`backends` has the table). Kernels of their own read sketched rows
+1 to 4 and pages of 1 or 64 tokens, in bfloat16 (`backends` has the table). Two other kernels read sketched rows
 (`sketched`, `sketched_tiles`). ``plan`` and ``run`` launch fixed grids on fixed buffers and never wait for the device,
 so a CUDA graph of them stays right when lengths, page table and queries are refilled in place.
 """
@@ -45,7 +45,7 @@ class Variant:
     """One compiled form of the kernel; see the head of the CUDA source for the modes.
 
     Args:
-        latent_dim: w. rope_dim: rotary values. mode: the division of work between two warpgroups.
+        latent_dim: w. rope_dim: rotary values. mode: how two warpgroups divide the work.
         stages: tiles in the ring.
     """
 
@@ -60,13 +60,13 @@ class Variant:
 
     @property
     def out_columns(self) -> int:
-        """The value columns that a warpgroup accumulates."""
+        """The number of value columns that a warpgroup accumulates."""
         panels = -(-self.latent_dim // 64)
         return 64 * (-(-panels // 2) if self.mode == "width" else panels)
 
     @property
     def shared_bytes(self) -> int:
-        """The dynamic shared memory: query, ring of tiles, slots of two chunks of 4 or 8 tiles."""
+        """The bytes of dynamic shared memory: query, ring of tiles, slots of two chunks of 4 or 8 tiles."""
         panels = -(-(self.latent_dim + self.rope_dim) // 64)
         query_panels = -(-self.latent_dim // 64) if self.mode == "rows" else panels
         ring = panels * 128 * self.stages * TILE_TOKENS
@@ -96,7 +96,7 @@ AnyVariant = Variant | SketchedVariant | TiledVariant
 
 
 def variant_for(shape: DecodeShape) -> AnyVariant:
-    """The form of the kernel that serves ``shape`` best, with as many stages as shared memory holds."""
+    """Return the form of the kernel that serves ``shape`` best, with as many stages as shared memory holds."""
     if shape.sketched is not None:
         return sketched_tiles.variant_for(shape) or sketched.variant_for(shape)
     rows = shape.heads * shape.query_len
@@ -138,12 +138,12 @@ class HopperDecode:
     Args:
         shape: the shape to serve.
         scale: softmax scale.
-        max_batch: most requests of a step.
+        max_batch: the largest number of requests in a step.
         device: a Hopper GPU.
 
     Raises:
-        AttentionInputError: a shape that the kernel does not serve.
-        KernelCompileError: a kernel that the compiler or the driver refused.
+        AttentionInputError: the kernel does not serve ``shape``.
+        KernelCompileError: the compiler or the driver refused the kernel.
     """
 
     def __init__(self, shape: DecodeShape, scale: float, max_batch: int, device: torch.device) -> None:
@@ -173,10 +173,10 @@ class HopperDecode:
         self._after_plan = False
 
     def plan(self, table: PageTable, lengths: torch.Tensor) -> None:
-        """Lay out a step on the device, from lengths on the device; read nothing back.
+        """Lay out a step on the device from lengths on the device, without reading anything back.
 
         Raises:
-            AttentionInputError: lengths that are not contiguous int32 [batch], or more requests than ``max_batch``.
+            AttentionInputError: lengths are not contiguous int32 [batch], or are more than ``max_batch``.
         """
         if lengths.dtype != torch.int32 or lengths.shape != table.starts.shape or not lengths.is_contiguous():
             raise AttentionInputError(
@@ -204,7 +204,7 @@ class HopperDecode:
         """Attend over the planned step; see ``interface.py``.
 
         Raises:
-            AttentionInputError: inputs that do not fit the shape, or rows that do not start at 16-byte borders.
+            AttentionInputError: an input does not fit the shape, or its rows do not start at 16-byte boundaries.
         """
         table, lengths, shape = self._table, self._lengths, self.shape
         if table is None or lengths is None:

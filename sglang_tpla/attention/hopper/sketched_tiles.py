@@ -1,7 +1,7 @@
 """The form of the kernel for sketched rows that serves many query rows on wide values; `decode` compiles it.
 
-Every code is unpacked once, to shared memory, where both products read it. With 64 query rows and w_pad 288 this form
-takes three quarters of the time that `sketched` takes. The head of ``cuda/tiles_shapes.cuh`` explains it.
+The kernel unpacks every code once, to shared memory, where both products read it. With 64 query rows and w_pad 288 this
+form takes three quarters of the time of `sketched`. The head of ``cuda/tiles_shapes.cuh`` explains it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SOURCES = (
     "sketched_codes.cuh",  # from codes to float16
     "tiles_shapes.cuh",  # explanation; constants of a variant, shared memory
     "parts.cuh",  # a block's part of the plan
-    "sketched_common.cuh",  # what both forms share
+    "sketched_common.cuh",  # the common code of both forms
     "tiles_fill.cuh",  # the warps that unpack tiles
     "tiles_query.cuh",  # the query
     "tiles_scores.cuh",  # scores, softmax
@@ -33,7 +33,7 @@ SOURCES = (
     "latent_plan.cu",  # the planning kernel
 )
 FEWEST_QUERY_ROWS = 49
-FEWEST_COLUMNS, MOST_COLUMNS = 272, 320  # of values: narrower ones are faster unpacked by the warps that multiply
+FEWEST_COLUMNS, MOST_COLUMNS = 272, 320  # value columns; fewer are unpacked faster by the warps that multiply
 FILL_WARPS = 8
 STAGES = 2  # unpacked tiles
 FEWEST_FILL_REGISTERS = 72
@@ -45,8 +45,8 @@ class TiledVariant:
 
     Args:
         cache: the rows that the kernel reads.
-        query_steps: steps of 16 columns whose query the warpgroup of scores holds in registers; the others' is in
-            shared memory.
+        query_steps: steps of 16 columns whose query the warpgroup of scores holds in registers; the query of the other
+            steps is in shared memory.
     """
 
     cache: SketchedRows
@@ -58,25 +58,28 @@ class TiledVariant:
 
     @property
     def steps(self) -> int:
-        """Products of 16 columns for the scores: own columns, rotary key, sketch."""
+        """The number of products of 16 columns for the scores: own columns, rotary key, sketch."""
         return self.cache.w_pad // 16 + self.cache.rope_dim // 16 + -(-self.cache.sketch_columns // 16)
 
     @property
     def fixed_bytes(self) -> int:
-        """The shared memory behind the rings: barriers, constants, what the warpgroups tell each other."""
+        """The bytes of shared memory behind the rings: barriers, constants, and the data that warpgroups exchange."""
         told = 2 * TILE_TOKENS * STAGES + 2 * 4 * self.rows + 2 * self.steps
         return -(-(8 * (4 * STAGES + 2) + 32 + 16 + 4 + 16 + 12 + told) // 16) * 16
 
     @property
     def shared_bytes(self) -> int:
-        """The dynamic shared memory: query, probabilities, unpacked and raw rows, and what is fixed."""
+        """The bytes of dynamic shared memory: query, probabilities, unpacked rows, raw rows and the fixed part."""
         query, tile = -(-(self.steps - self.query_steps) // 4), -(-self.steps // 4)
         raw = FILL_WARPS * 8 * self.cache.row_bytes
         return (query + 1 + STAGES * tile) * PANEL_BYTES + raw + self.fixed_bytes
 
     @property
     def registers(self) -> tuple[int, int, int]:
-        """The registers of a thread that unpacks, of scores and of values, 512 with those that unpack counted twice."""
+        """The registers of a thread that unpacks, of one for scores and of one for values.
+
+        They add up to at most 512, with the first counted twice: two warpgroups unpack.
+        """
         held = self.cache.w_pad // 2  # a thread's sums of values
         values = max(held + 32, min(held + 40, 184))
         scores = 32 + 4 * self.query_steps + 72
@@ -84,7 +87,7 @@ class TiledVariant:
 
     @property
     def fits(self) -> bool:
-        """Whether a block has that much shared memory, and as many registers."""
+        """Whether the shared memory and the registers of a block suffice."""
         return self.shared_bytes <= BLOCK_BYTES and self.registers[0] >= FEWEST_FILL_REGISTERS
 
     @property
@@ -103,7 +106,7 @@ class TiledVariant:
 
 
 def variant_for(shape: DecodeShape) -> TiledVariant | None:
-    """The form for ``shape``, or None where `sketched` serves it better."""
+    """Return the form for ``shape``, or None if `sketched` serves it better."""
     assert shape.sketched is not None
     cache = shape.sketched
     if shape.heads * shape.query_len < FEWEST_QUERY_ROWS or not FEWEST_COLUMNS <= cache.w_pad <= MOST_COLUMNS:

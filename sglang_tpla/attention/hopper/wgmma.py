@@ -19,12 +19,12 @@ typedef unsigned long long u64;
 def _function(
     name: str, columns: int, kind: str, *, a_in_registers: bool, accumulate: bool = True, b_turned: str = "0"
 ) -> str:
-    """The source of d [64, columns] (+)= a [64, 16] times b, whose ``kind`` is bf16 or f16.
+    """Return the source of d [64, columns] (+)= a [64, 16] times b, in ``kind`` bf16 or f16.
 
     Args:
-        a_in_registers: a as a0..a3; otherwise in shared memory, like b.
-        accumulate: the function's last parameter says whether to add; otherwise it always adds.
-        b_turned: "0" where b is [columns, 16] and is taken transposed, "1" where it is [16, columns].
+        a_in_registers: a comes as a0..a3; otherwise a is in shared memory, like b.
+        accumulate: the function's last parameter says whether to add; otherwise the function always adds.
+        b_turned: "0" if b is [columns, 16] and is used transposed, "1" if b is [16, columns].
     """
     count = columns // 2
     names = ", ".join(f"%{i}" for i in range(count))
@@ -53,7 +53,7 @@ __device__ __forceinline__ void {name}(float (&d)[{count}], {parameters}) {{
 
 
 def scores_source() -> str:
-    """The source of the products of scores.
+    """Return the source of the products of scores.
 
     ``wgmma_ss_64(d, a, b, accumulate)`` is d [64, 64] (+)= a [64, 16] b [64, 16]^T, both in shared memory;
     ``wgmma_rs_64(d, a0..a3, b, accumulate)`` is the same with a in registers.
@@ -63,12 +63,15 @@ def scores_source() -> str:
 
 
 def values_source(columns: int) -> str:
-    """The source of ``wgmma_rs(d, a0..a3, b)``: d [64, columns] += a [64, 16] in registers times b [16, columns]."""
+    """Return the source of ``wgmma_rs(d, a0..a3, b)``.
+
+    The function computes d [64, columns] += a [64, 16] in registers times b [16, columns].
+    """
     return _function("wgmma_rs", columns, "bf16", a_in_registers=True, accumulate=False, b_turned="1")
 
 
 def rows_source(columns: int) -> str:
-    """The source of ``wgmma_half(d, a0..a3, b, accumulate)`` and ``wgmma_bf16``, in float16 and in bfloat16.
+    """Return the source of ``wgmma_half(d, a0..a3, b, accumulate)`` and ``wgmma_bf16``, in float16 and in bfloat16.
 
     Each is d [64, columns] (+)= a [64, 16] in registers times b [columns, 16]^T in shared memory.
     """
@@ -77,7 +80,7 @@ def rows_source(columns: int) -> str:
 
 
 def tile_scores_source() -> str:
-    """The source of the products of scores that read unpacked tiles.
+    """Return the source of the products of scores that read unpacked tiles.
 
     ``wgmma_rows_half(d, a0..a3, b, accumulate)`` is d [64, 64] (+)= a [64, 16] in registers times b [64, 16]^T in
     shared memory, ``wgmma_shared_half(d, a, b, accumulate)`` the same with a in shared memory; ``_bf16`` in bfloat16.
@@ -90,10 +93,10 @@ def tile_scores_source() -> str:
 
 
 def row_values_source(columns: int) -> str:
-    """The source of ``wgmma_values(d, a, b)``: d [64, columns] += a [64, 16] times b [16, columns].
+    """Return the source of ``wgmma_values(d, a, b)``: d [64, columns] += a [64, 16] times b [16, columns].
 
-    Both are float16 in shared memory. More than 192 columns take two instructions, of which the first does 128, two
-    panels of b: the compiler allots an instruction no more than a block's 128 registers.
+    Both operands are float16 in shared memory. More than 192 columns take two instructions, of which the first covers
+    128 columns (two panels of b): the compiler allots one instruction no more than the block's 128 registers a thread.
     """
     parts = [(0, columns)] if columns <= 192 else [(0, 128), (128, columns - 128)]
     lines = []

@@ -1,8 +1,8 @@
-"""A plug-in of SGLang for tests alone: several tensor-parallel ranks where there is one GPU.
+"""A plug-in of SGLang, only for tests, that runs several tensor-parallel ranks on one GPU.
 
-NCCL refuses two ranks on one device. With ``ONE_GPU=gloo`` a server's collectives run over gloo, right and slow, and
-not in CUDA graphs; each rank is a "node" of its own (``--nnodes T --node-rank t``), so that all of them take GPU 0. The
-folder is put on PYTHONPATH, where its ``dist-info`` shows the plug-in.
+NCCL refuses two ranks on one device. With ``ONE_GPU=gloo`` a server's collectives run over gloo: they are right but
+slow, and cannot be in CUDA graphs. Each rank is a separate "node" (``--nnodes T --node-rank t``), so that all of them
+take GPU 0. Tests put this folder on PYTHONPATH, where SGLang finds the plug-in by its ``dist-info``.
 """
 
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def register() -> None:
-    """Hook what chooses the backend of the process groups."""
+    """Hook the function that chooses the backend of the process groups."""
     if os.environ.get("ONE_GPU") == "gloo":
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -19,5 +19,5 @@ def register() -> None:
 
 
 def gloo(original: Callable[..., str], **kwargs: Any) -> str:
-    """Around ``_resolve_backend``."""
+    """Return gloo in place of ``_resolve_backend``'s choice."""
     return "gloo"

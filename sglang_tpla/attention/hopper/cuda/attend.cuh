@@ -1,11 +1,11 @@
 // ---- consumers ----------------------------------------------------------------------------------------------------
 
-// One thread's share of the running softmax: two rows (8 apart), their maxima and its own part of their sums.
+// One thread's share of the running softmax: the maxima of its two rows (8 apart), and its part of their sums.
 struct Softmax {
     float highest[2], total[2];
 };
 
-// The query's last kRegisterSteps steps, if any, in wgmma's layout: rows lane / 4 and 8 further on, column pairs 8 apart.
+// The query of the last kRegisterSteps steps, if any, in wgmma's layout: rows lane / 4 and lane / 4 + 8, column pairs 8 apart.
 struct QueryRegisters { u32 value[kRegisterSteps ? 4 * kRegisterSteps : 1]; };
 
 __device__ __forceinline__ void load_query_registers(const Params& p, QueryRegisters& query, int request, int first_row,
@@ -25,8 +25,8 @@ __device__ __forceinline__ void load_query_registers(const Params& p, QueryRegis
     }
 }
 
-// Queues the scores of a tile. Steps with both operands in shared memory use all of its bandwidth, so the steps that take
-// the query from registers are spread among them.
+// Queues the scores of a tile. Steps with both operands in shared memory use all of its bandwidth, so steps that take the
+// query from registers are spread among them.
 __device__ __forceinline__ void scores(float (&s)[32], u32 q_rows, const QueryRegisters& query, u32 stage) {
     const u64 q = descriptor(q_rows, 16), k = descriptor(stage, 16);
     pin(s);
@@ -54,8 +54,8 @@ __device__ __forceinline__ void add_values(float (&o)[kOut], const u32 (&probabi
     wgmma_commit();
 }
 
-// A row's subtracted maximum may lag behind its true maximum by this many powers of two, so that only the first tiles rescale
-// the accumulators; fp32 sums of values up to 2^8 lose nothing.
+// The maximum that a row subtracts may lag behind its true maximum by this many powers of two, so that only the first tiles
+// rescale the accumulators; fp32 sums of values up to 2^8 lose nothing.
 constexpr float kLag = 8.f;
 
 // Turns scores into unnormalised probabilities in place, and returns the factor for each row's older sums.
@@ -102,13 +102,14 @@ __device__ __forceinline__ void pack_probability(u32 (&packed)[16], const float 
     for (int i = 0; i < 16; ++i) packed[i] = pack_bf16(s[2 * i], s[2 * i + 1]);
 }
 
-// The tiles of a segment, and the ring through which they come.
+// The tiles of a segment, and the ring that brings them.
 struct Stretch {
-    u32 ring, full, empty, base;                                 // base: tiles that went through the ring before
+    u32 ring, full, empty, base;                                 // base: tiles that have gone through the ring before
     int tiles, first_token, unmasked;                            // unmasked: tokens that every row may see
 };
 
-// MODE_TOKENS and MODE_WIDTH: scores, softmax and values strictly one after the other; two warpgroups fill each other's gaps.
+// MODE_TOKENS and MODE_WIDTH: a warpgroup computes scores, softmax and values one after the other; the other warpgroup fills
+// the gaps.
 __device__ __forceinline__ void attend(u32 q_rows, const QueryRegisters& query, const Stretch& t, const int (&limit)[2],
                                        float scale_log2, float (&o)[kOut], Softmax& state, int group, int first_panel, int lane) {
     constexpr int kStep = MODE == MODE_TOKENS ? 2 : 1;
@@ -134,14 +135,14 @@ __device__ __forceinline__ void attend(u32 q_rows, const QueryRegisters& query, 
     }
 }
 
-// MODE_TOKENS: the warpgroups add up their sums through the query's shared memory, which is free by then. Each ends with
-// half of the columns: accumulators [kGroup * kOut / 2, (kGroup + 1) * kOut / 2).
+// MODE_TOKENS: the warpgroups add up their sums through the query's shared memory, which is free by then. Each warpgroup ends
+// with half of the columns: accumulators [kGroup * kOut / 2, (kGroup + 1) * kOut / 2).
 template <int kGroup> __device__ __forceinline__ void join(float (&o)[kOut], Softmax& state, float* buffer, int thread) {
     constexpr int kQuarter = kOut / 4;
     float* theirs = buffer + (1 - kGroup) * (kQuarter + 4) * 128 + thread;
     float* ours = buffer + kGroup * (kQuarter + 4) * 128 + thread;
     float mine[2], other[2];
-    sync_consumers();                                            // all scores done: the query may go
+    sync_consumers();                                            // all scores are done: the query may be overwritten
 #pragma unroll
     for (int i = 0; i < 2; ++i) ours[(kQuarter + i) * 128] = state.highest[i], ours[(kQuarter + 2 + i) * 128] = state.total[i];
 #pragma unroll
@@ -184,20 +185,20 @@ __device__ __forceinline__ void store_out(const Params& p, const float (&o)[kOut
 #pragma unroll
         for (int i = kFirst; i < kFirst + kCount; i += 4) {
             const int column = first_column + i * 2 + (lane % 4) * 2;
-            // In MODE_WIDTH the warpgroups' columns may overlap by a panel: the first one writes it.
+            // In MODE_WIDTH the columns of the warpgroups may overlap by a panel: the first warpgroup writes it.
             if (column >= LATENT || (MODE == MODE_WIDTH && group == 1 && column < kScaleColumn)) continue;
             *reinterpret_cast<u32*>(out + column) = pack_bf16(o[i + 2 * half] * inverse, o[i + 2 * half + 1] * inverse);
         }
     }
 }
 
-// The first of the two columns that value pair k of item `piece` of a partial result holds, see store_partial().
+// The first of the two columns that value pair k of item `piece` of a partial result holds; see store_partial().
 __device__ __forceinline__ int item_column(int piece, int k) { return piece / 4 * 32 + piece % 4 * 2 + k * 8; }
 
-// Writes the same as a partial result, in float16: half the bytes of float32 without a loss, because each row (of this
-// warpgroup) is scaled by its largest value, which leaves 11 bits where the output has 8. In memory 8 values of a lane lie
-// side by side: of each 32 columns, lane % 4 has 2 * (lane % 4) and the one after it, and those 8, 16 and 24 further on. Sums
-// lie row by row, so that a warp fills whole sectors: a sector written in part is read back from device memory first.
+// Writes the same accumulators as a partial result. Float16 takes half the bytes of float32 and loses nothing: each row (of
+// this warpgroup) is scaled by its largest value, so it keeps 11 bits where the output has 8. In memory the 8 values of a lane
+// are adjacent: of each 32 columns, the lane has 2 * (lane % 4) and the next, and those 8, 16 and 24 further on. Sums are
+// stored row by row, so that a warp fills whole sectors: a partly written sector is first read back from device memory.
 template <int kFirst, int kCount>
 __device__ __forceinline__ void store_partial(const Params& p, const float (&o)[kOut], const Softmax& state, int split,
                                               int first_row, int first_column, int group, int thread) {

@@ -1,8 +1,8 @@
 // ---- producer -----------------------------------------------------------------------------------------------------
 //
-// Cache rows, except those of the step's own tokens, and the page table are as they were when the step was planned, and
-// the plan was complete before the kernel's predecessor in the stream started (decode.py sees to that). So the
-// producer fills the ring while the predecessor still runs, and waits for it only before the newest rows.
+// The page table and the cache rows, except those of the step's own tokens, have not changed since the step was planned, and
+// the plan was complete before the kernel's predecessor in the stream started (decode.py ensures that). So the producer fills
+// the ring while the predecessor still runs, and waits for the predecessor only before it reads the newest rows.
 
 template <int kThreads>
 __device__ __forceinline__ void load_query(const Params& p, u32 q_smem, int request, int thread) {
@@ -25,11 +25,12 @@ __device__ __forceinline__ void load_query(const Params& p, u32 q_smem, int requ
     }
 }
 
-constexpr int kRowsPerThread = kTile / (kProducerThreads / 8);             // cache rows a thread copies of a tile
-constexpr int kSlotsPerThread = kChunkTiles * kTile / kProducerThreads;    // slots a thread looks up of a chunk
+constexpr int kRowsPerThread = kTile / (kProducerThreads / 8);             // cache rows of a tile that a thread copies
+constexpr int kSlotsPerThread = kChunkTiles * kTile / kProducerThreads;    // slots of a chunk that a thread looks up
 
-// Slots of a chunk's tokens, of which a thread has every 128th; -1 beyond the end of the request. The loads avoid the read-only
-// cache, which promises data constant from the start: this kernel may start before one that writes the page table has ended.
+// Loads the slots of a chunk's tokens: every 128th for a thread, -1 beyond the end of the request. The loads bypass the
+// read-only cache, which is only for data that is constant throughout a kernel: this kernel may start before a kernel that
+// writes the page table has ended.
 __device__ __forceinline__ void load_slots(const Params& p, int start, int length, int tile, int thread,
                                            int (&slots)[kSlotsPerThread]) {
     const int mask = (1 << p.page_bits) - 1;
@@ -64,9 +65,9 @@ __device__ __forceinline__ void produce(const Params& p, u32 q_smem, int* slot_b
     for (Segments s(p); s.more(); s.next()) {
         const int length = s.length, start = s.start, end = s.end_tile();
         if (s.first_tile >= end) continue;
-        int ahead[kSlotsPerThread];                              // slots of the next chunk, on their way
+        int ahead[kSlotsPerThread];                              // slots of the next chunk, being loaded
         load_slots(p, start, length, s.first_tile, thread, ahead);
-        if (!first_segment) {                                    // the consumers load the first one's query
+        if (!first_segment) {                                    // the consumers load the query of the first segment
             barrier_wait(q_empty, q_phase);
             q_phase ^= 1;
             load_query<kProducerThreads>(p, q_smem, s.request, thread);

@@ -14,16 +14,17 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
         "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
         "@done bra over;\nbra again;\nover:\n}" ::"r"(barrier), "r"(parity) : "memory");
 }
-// Arrives on `barrier` once all earlier cp.async of this thread have landed.
+// Arrives on `barrier` once all earlier cp.async of this thread have completed.
 __device__ __forceinline__ void barrier_arrive_when_copied(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
-// 16 bytes from global to shared memory; zeros when `valid` is false (nothing is read then).
+// Copies 16 bytes from global to shared memory; writes zeros and reads nothing if `valid` is false.
 __device__ __forceinline__ void copy16(u32 target, const void* source, bool valid) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(target), "l"(source),
                  "r"(valid ? 16 : 0) : "memory");
 }
-// How cache rows are read: once, so that what else the L2 has stays there: code, queries, page table, partial results.
+// The L2 policy for cache rows, which are read once: evict them first, so that code, queries, page table and partial results
+// stay.
 __device__ __forceinline__ u64 read_once() {
     u64 policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -34,7 +35,7 @@ __device__ __forceinline__ void copy_row16(u32 target, const void* source, bool 
                  "r"(valid ? 16 : 0), "l"(policy) : "memory");
 }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-// Until the kernels before this one in the stream have ended and their writes are visible.
+// Waits until the kernels before this one in the stream have ended and their writes are visible.
 __device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // cp.async writes through the generic proxy, wgmma reads through the async proxy.
 __device__ __forceinline__ void fence_async_proxy() {
@@ -54,14 +55,14 @@ template <int kCount> __device__ __forceinline__ void pin(u32 (&registers)[kCoun
 #pragma unroll
     for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
-// The turns of the two warpgroups of consumers, see turns.cuh.
+// The two warpgroups of consumers take turns; see turns.cuh.
 __device__ __forceinline__ void take_turn(int group) { asm volatile("bar.sync %0, 256;" ::"r"(3 + group) : "memory"); }
 __device__ __forceinline__ void pass_turn(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(4 - group) : "memory"); }
 __device__ __forceinline__ void sync_consumers() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 __device__ __forceinline__ void sync_producers() { asm volatile("bar.sync 2, 128;" ::: "memory"); }
 
-// wgmma descriptor of a swizzled panel: 8-row groups are 1,024 bytes apart (stride offset); for the transposed
-// operand, `leading_bytes` is the distance of the next 64 columns.
+// Returns the wgmma descriptor of a swizzled panel: 8-row groups are 1,024 bytes apart (stride offset); for the transposed
+// operand, `leading_bytes` is the distance to the next 64 columns.
 __device__ __forceinline__ u64 descriptor(u32 address, u32 leading_bytes) {
     return (u64)((address & 0x3FFFF) >> 4) | ((u64)(leading_bytes >> 4) << 16) | ((u64)(1024 >> 4) << 32) | (1ull << 62);
 }

@@ -1,4 +1,4 @@
-// Shared memory that every variant has. It takes 1,024 bytes, so that the rest starts where the swizzle does.
+// The shared memory that every variant has. Its 1,024 bytes are one period of the swizzle, so that the rest is aligned to it.
 struct alignas(1024) Fixed {
     u64 full[STAGES], empty[STAGES], q_full, q_empty;
     Shared merge;
@@ -13,7 +13,7 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
     const int first_panel = MODE == MODE_WIDTH && group == 1 ? kValuePanels - kOutPanels : 0;
     const u32 q_rows = q_smem + first_row * 128;
     const int consumer = group * 128 + thread;
-    u32 base = 0, q_phase = 0;                                   // tiles of earlier segments; parity of the query
+    u32 base = 0, q_phase = 0;                                   // tiles of earlier segments; phase of q_full
     if (consumer == 0) fixed.merge.request = -1;
     for (Segments seg(p); seg.more(); seg.next()) {
         const int length = seg.length, tiles = seg.end_tile() - seg.first_tile;
@@ -37,7 +37,7 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
 #pragma unroll
         for (int i = 0; i < kOut; ++i) o[i] = 0.f;
         load_query_registers(p, query, seg.request, first_row, thread);
-        if (base == 0) {                                         // load the first query before its keys crowd the memory
+        if (base == 0) {                                         // the producer is already loading keys
             load_query<kConsumerThreads>(p, q_smem, seg.request, consumer);
             wait_for_copies();
             fence_async_proxy();
@@ -52,7 +52,7 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
         else
             attend(q_rows, query, stretch, limit, p.scale_log2, o, state, group, first_panel, lane);
         base += tiles;
-        // From here maxima are in base-2 units, as the log-sum-exp is.
+        // From here on maxima are in base-2 units, as the log-sum-exp is.
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             state.highest[half] *= p.scale_log2;
@@ -103,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) latent_decode(const __grid_
     }
     __syncthreads();
     if (group == 0) {
-        // The block starts with 3 x 168 registers a lane; a warpgroup that asks for more than is free waits forever.
+        // The block starts with 3 x 168 registers a lane; a warpgroup that asks for more than are free waits forever.
         static_assert(kProducerRegisters + 2 * kConsumerRegisters <= 3 * 168, "registers of the three warpgroups");
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
         produce(p, q_smem, slot_buffer, ring, shared_address(fixed.full), shared_address(fixed.empty),

@@ -14,10 +14,10 @@ struct PlanBuffers {
     }
 };
 
-// Lays the requests into parts of `capacity`, as tests/gpu/plan_twin.py does. With `keep` the lanes of the warp store the plan
-// together. Returns whether `parts` parts suffice.
+// Lays the requests into parts of `capacity`, as tests/gpu/plan_twin.py does, and returns whether `parts` parts suffice. With
+// `keep`, the lanes of the warp store the plan together.
 __device__ __forceinline__ bool lay_parts(const PlanBuffers& plan, int capacity, bool keep, int lane) {
-    const int most = capacity - SEGMENT_COST;                    // tiles of a part that holds one segment
+    const int most = capacity - SEGMENT_COST;                    // the most tiles of a part that holds one segment
     int part = 0, left = capacity, splits = 0;
     if (most <= 0) return plan.batch == 0;
     if (keep && lane == 0) plan.store_part(0, 0, 0, 0);
@@ -44,8 +44,8 @@ __device__ __forceinline__ bool lay_parts(const PlanBuffers& plan, int capacity,
     return true;
 }
 
-// Lays parts that do not cross requests: each request gets as many parts as `most` tiles a part ask for. Returns their number;
-// with `keep` stores the plan. The twin is in tests/gpu/plan_twin.py.
+// Lays parts that do not cross requests: each request gets as many parts as it needs at up to `most` tiles a part. Returns
+// their number and, with `keep`, stores the plan. The twin is in tests/gpu/plan_twin.py.
 __device__ __forceinline__ int lay_whole(const PlanBuffers& plan, int most, bool keep, int lane) {
     int used = 0;
     for (int base = 0; base < plan.batch; base += 32) {
@@ -72,8 +72,8 @@ __device__ __forceinline__ int lay_whole(const PlanBuffers& plan, int most, bool
     return used;
 }
 
-// Runs as one warp. Lays parts that do not cross requests if they are nearly as equal; otherwise lane i tries the i-th larger
-// capacity, and the smallest that fits is laid. Also sets `arrived` to zero.
+// Plans a step, in one warp. If parts that do not cross requests are nearly as equal, lays those; otherwise lane i tries a
+// capacity larger by i, and the smallest that fits is laid. Also sets `arrived` to zero.
 extern "C" __global__ void __launch_bounds__(32) latent_plan(const int* lengths, const int* page_starts, int batch, int parts,
                                                              int* part_begin, int* split_start, u32* arrived, int counters) {
     __shared__ int copy[PLAN_BATCH];

@@ -4,7 +4,7 @@ __device__ __forceinline__ int4 part_row(const Params& p, int part) {
     return __ldcg(reinterpret_cast<const int4*>(p.part_begin) + 2 * part);
 }
 
-// Walks the (request, tile range) segments of part blockIdx.x; every role walks the same list.
+// Walks the (request, tile range) segments of part blockIdx.x; all warpgroups walk the same list.
 struct Segments {
     const Params& p;
     int request, last_request, last_tile, first_tile, before, length, start;

@@ -1,5 +1,5 @@
-// The warpgroup of scores (role 0) or of values (1) walks the segments of its block's part. Both meet when a segment begins and
-// when its sums are there.
+// The warpgroup of scores or of values walks the segments of its block's part. Both synchronise when a segment begins and when
+// its sums are complete.
 template <bool kScores>
 __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, const Memory& memory, float* buffer, int thread) {
     const int consumer = (kScores ? 0 : 128) + thread;
@@ -60,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) sketched_tiles(const _
     }
     if (threadIdx.x < 2 * kSteps) fixed.columns[threadIdx.x] = query_column(threadIdx.x) / 8;
     __syncthreads();
-    // No more registers than the block starts with, as in latent_decode.cu.
+    // The warpgroups may not ask for more registers than the block starts with, as in latent_decode.cu.
     static_assert(2 * FILL_REGISTERS + SCORE_REGISTERS + VALUE_REGISTERS <= 4 * 128, "registers");
     if (group < 2) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(FILL_REGISTERS));

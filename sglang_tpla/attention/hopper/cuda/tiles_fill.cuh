@@ -5,7 +5,7 @@ struct Factors {
     u32 shared, own, sketch, rope;                          // float16; rope: bfloat16 where the key is
 };
 
-// The largest of a row's four bfloat16 scales that multiply bytes, or 1/16 of that of levels, which are smaller.
+// The largest of a row's bfloat16 scales. The sketch's scale counts 1/16, because levels are smaller than bytes.
 __device__ __forceinline__ float largest_scale(uint2 raw) {
     float largest = 0.f;
     if (SHARED > 0) largest = fmaxf(largest, __uint_as_float(raw.x << 16));
@@ -15,7 +15,7 @@ __device__ __forceinline__ float largest_scale(uint2 raw) {
     return largest;
 }
 
-// The bits of the power of two that makes 2^4 to 2^5 of the largest scale: 1152 times that is below 2^16.
+// The bits of the power of two that brings the largest scale to between 2^4 and 2^5: 1152 times that is below 2^16.
 __device__ __forceinline__ u32 power_of(float largest) {
     return min(max(__float_as_uint(largest) & 0x7F800000u, 0x06000000u), 0x7E000000u) - (4u << 23);
 }
@@ -29,18 +29,18 @@ __device__ __forceinline__ Factors factors_of(uint2 raw, float inverse) {
 
 // ---- fill: raw rows to unpacked tiles -----------------------------------------------------------------------------
 //
-// A warp unpacks eight rows of each tile, two times four (a quad): of each row eight lanes take a piece each, so that a request to
-// memory covers up to 128 neighbouring bytes. Raw rows wait in shared memory of the warp's own: as soon as a tile's keys have been
-// unpacked, the next one's are copied in their place, and then its values. gather.cuh says when which rows may be read.
+// A warp unpacks eight rows of each tile, as two quads of four. Eight lanes take one piece each of a row, so that a memory request
+// covers up to 128 adjacent bytes. Raw rows wait in the warp's part of shared memory: as soon as a tile's keys have been unpacked,
+// the next tile's keys are copied in their place, and the values likewise. gather.cuh says when rows may be read.
 
 constexpr int kQuads = 2, kWarpRows = kTile / kFillWarps;
 
-// Walks the tiles of all segments. The lanes of a warp look up the slots of its rows of kTogether tiles at once.
+// Walks the tiles of all segments. The lanes of a warp together look up the slots of the warp's rows in kTogether tiles.
 struct Walk {
     static constexpr int kTogether = 32 / kWarpRows;
     Segments s;
-    int tile, end;                                               // the tiles that were looked up last begin with `tile`
-    int page, token;                                             // of the lane's row: -1 behind the last
+    int tile, end;                                               // `tile` is the first of the tiles looked up last
+    int page, token;                                             // those of the lane's row; the token is -1 beyond the last
 
     __device__ __forceinline__ explicit Walk(const Params& p) : s(p), tile(s.first_tile), end(0) { settle(); }
     __device__ __forceinline__ void settle() {
@@ -52,15 +52,15 @@ struct Walk {
     __device__ __forceinline__ void look_up(const Params& p, int warp, int lane) {
         token = (tile + lane / kWarpRows) * kTile + warp * kWarpRows + lane % kWarpRows;
         if (!s.more() || token >= s.length) token = -1;
-        // What a page becomes is worked out when it is needed, not here, where it is not there yet.
+        // The slot is computed from the page when it is needed; computing it here would wait for the load.
         page = token < 0 ? 0 : __ldcg(p.page_indices + s.start + (token >> p.page_bits));
     }
     __device__ __forceinline__ int slot(const Params& p) const {
         return token < 0 ? -1 : page << p.page_bits | (token & ((1 << p.page_bits) - 1));
     }
-    // Tiles that were looked up: none at the end.
+    // The number of tiles that were looked up: 0 at the end.
     __device__ __forceinline__ int count() const { return s.more() ? min(end - tile, kTogether) : 0; }
-    // Whether they have rows of this step's own tokens.
+    // Whether these tiles have rows of this step's own tokens.
     __device__ __forceinline__ bool newest(const Params& p) const { return (tile + kTogether) * kTile > s.length - p.query_len; }
     __device__ __forceinline__ void next() {
         if ((tile += kTogether) < end) return;
@@ -73,30 +73,30 @@ __device__ __forceinline__ void copy_piece(u32 target, const u8* source, u64 pol
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(target), "l"(source), "l"(policy) : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until the older of this lane's two groups of copies has landed: a tile's keys and values.
+// Waits until the older of this lane's two groups of copies (a tile's keys, a tile's values) has completed.
 __device__ __forceinline__ void wait_for_oldest_copies() {
     asm volatile("cp.async.wait_group 1;" ::: "memory");
     __syncwarp();
 }
-// Copies pieces [kFirst, kEnd) of a row by eight lanes, whose first pieces are at `target` and `source`.
+// Copies pieces [kFirst, kEnd) of a row with eight lanes; a lane's first piece is at `target` and `source`.
 template <int kFirst, int kEnd> __device__ __forceinline__ void copy_pieces(u32 target, const u8* source, int piece, u64 policy) {
 #pragma unroll
     for (int i = kFirst; i < kEnd; i += 8)
         if (i + 8 <= kEnd || i + piece < kEnd) copy_piece(target + i * 16, source + i * 16, policy);
 }
 
-// Where a lane stores. A chunk's place of its row in a panel is turned by the row, for wgmma's swizzle. A lane that has no piece
-// in a group reads the first one, and stores nothing.
+// The addresses at which a lane stores. The row turns a chunk's place in a panel, for wgmma's swizzle. A lane that has no piece in
+// a group reads the first piece and stores nothing.
 struct Lane {
-    static constexpr int kKeys = OwnChunks::kCount % 8;          // the chunk of a panel that keys begin with
-    int piece, row;                                              // row: of the first quad, in a tile
-    u32 value, key;                                              // chunk `piece` of eight
-    u32 last_value[2], last_rope[2], last_sketch[4];             // of fewer: each chunk of the lane's piece
+    static constexpr int kKeys = OwnChunks::kCount % 8;          // the chunk of a panel at which keys begin
+    int piece, row;                                              // row: the lane's row of the first quad, in a tile
+    u32 value, key;                                              // chunk `piece` of a group of eight whole pieces
+    u32 last_value[2], last_rope[2], last_sketch[4];             // each chunk of the lane's piece, in a group of fewer
 
     __device__ __forceinline__ u32 at(int chunk) const {
         return chunk / 8 * kPanelBytes + row * 128 + ((chunk % 8 ^ row % 8) << 4);
     }
-    // The piece that the lane takes of a group of `count`.
+    // The piece that the lane takes of a group of `count` pieces.
     __device__ __forceinline__ int piece_of(int count) const { return piece < count ? piece : 0; }
     template <typename Field> __device__ __forceinline__ u32 last(int field, int k) const {
         constexpr int kGroup = Field::kGroups > 0 ? Field::kGroups - 1 : 0;
@@ -113,7 +113,7 @@ struct Lane {
 #pragma unroll
         for (int k = 0; k < 4 && SKETCH > 0; ++k) last_sketch[k] = last<SketchChunks>(OwnChunks::kCount + RopeChunks::kCount, k);
     }
-    // Of chunk `k` of the lane's piece of group `group` of a field whose first chunk is `field`.
+    // The address of chunk `k` of the lane's piece in group `group` of a field whose first chunk is `field`.
     template <typename Field>
     __device__ __forceinline__ u32 place(u32 stage, int field, int group, int k, int quad, const u32* last) const {
         const bool full = Field::whole(group) == 8;
@@ -123,7 +123,7 @@ struct Lane {
     }
 };
 
-// Eight bytes, four of a scale, as a chunk.
+// Stores eight bytes as a chunk; each four have one scale.
 __device__ __forceinline__ void store_bytes(u32 address, u32 first, u32 second, u32 first_scale, u32 second_scale, u32 power) {
     const u32 first_bias = bias_of(first_scale), second_bias = bias_of(second_scale);
     store_shared4(address, scaled_bytes<0, 1>(first, first_scale, first_bias, power),
@@ -132,7 +132,7 @@ __device__ __forceinline__ void store_bytes(u32 address, u32 first, u32 second, 
                   scaled_bytes<2, 3>(second, second_scale, second_bias, power));
 }
 
-// The lane's pieces of a raw row's keys. A lane without a piece has the first one.
+// The lane's pieces of a raw row's keys. A lane without a piece holds the first one.
 struct RawKeys {
     uint4 rope[RopeChunks::kGroups], sketch[SketchChunks::kGroups > 0 ? SketchChunks::kGroups : 1];
 
@@ -147,7 +147,7 @@ struct RawKeys {
             else sketch[group] = make_uint4(load_shared(at), load_shared(at + 4), BITS == 3 ? load_shared(at + 8) : 0, 0);
         }
     }
-    // Unpacks them to the tile at `stage`.
+    // Unpacks the pieces into the tile at `stage`.
     __device__ __forceinline__ void store(u32 stage, const Lane& lane, int quad, const Factors& f,
                                           const Constants& constants) const {
 #pragma unroll
@@ -186,7 +186,7 @@ struct RawKeys {
     }
 };
 
-// The same of its values.
+// The lane's pieces of a raw row's values.
 struct RawValues {
     uint4 codes[OwnChunks::kGroups];
 
@@ -215,18 +215,19 @@ struct RawValues {
     }
 };
 
-// A warp's part of every tile. `raw`: its raw rows; `warp`: its number among kFillWarps.
+// Unpacks a warp's part of every tile. `raw`: the warp's raw rows; `warp`: its number among kFillWarps.
 __device__ __forceinline__ void fill(const Params& p, Fixed& fixed, u32 ring, u32 raw, int warp, int lane_number) {
     const Lane lane(warp, lane_number);
     const u64 policy = read_once();
     const int sub = lane_number / 8;
-    // volatile loads: what is known to be the same in all lanes would have to be moved to their registers for every use
+    // The loads are volatile: constants known to be uniform would have to be moved to the lanes' registers for every use.
     const Constants constants = fixed.constants.loaded();
     Walk walk(p);
     walk.look_up(p, warp, lane_number);
-    // What is copied: the first of `left` tiles with `slots`, rows from `first_row` on. The walk is at the tiles behind them.
+    // The next tile to copy is the first of `left` tiles whose slots are in `slots`, from lane `first_row` on. The walk is at the
+    // tiles after those.
     int slots = -1, left = 0, first_row = 0;
-    u32 beyond = 0;                                              // a bit a quad: the lane's row is behind the last
+    u32 beyond = 0;                                              // a bit for each quad: the lane's row is beyond the last
     const u8* rows[kQuads];
     const auto move_on = [&]() {
         if (left == 0) {
@@ -258,7 +259,7 @@ __device__ __forceinline__ void fill(const Params& p, Fixed& fixed, u32 ring, u3
         for (int quad = 0; quad < kQuads; ++quad)
             copy_pieces<0, LATENT / 16>(target + quad * 4 * ROW_BYTES, rows[quad], lane.piece, policy);
     };
-    // The reader fences, not the writer, whose fence would wait for the rows on their way.
+    // The reader fences: a fence of the writer would wait for the rows in flight.
     const auto arrive = [&](u64* full) {
         __syncwarp();
         if (lane_number == 0) barrier_arrive(shared_address(full));
@@ -277,7 +278,7 @@ __device__ __forceinline__ void fill(const Params& p, Fixed& fixed, u32 ring, u3
         uint2 scales[kQuads] = {load_shared2(row + ROW_BYTES - 8), load_shared2(row + 5 * ROW_BYTES - 8)};
 #pragma unroll
         for (int quad = 0; quad < kQuads; ++quad) keys[quad].load(row + quad * 4 * ROW_BYTES, lane);
-        // Behind the last token whatever lies in slot 0 is unpacked, with scales of 0: finite values, and scores that are masked.
+        // Rows beyond the last token unpack slot 0 with scales of 0, which gives finite values; their scores are masked.
 #pragma unroll
         for (int quad = 0; quad < kQuads; ++quad)
             if (beyond >> quad & 1) scales[quad] = make_uint2(0, 0);

@@ -2,7 +2,7 @@
 
 __device__ __forceinline__ bool is_bf16(int step) { return ROPE_BITS == 16 && step < kRopeSteps; }
 
-// A row of the query: null beyond the last.
+// A row of the query. `valid` is false beyond the last row, where the pointers are those of the first.
 struct QueryRow {
     const u16 *latent, *rope;
     bool valid;
@@ -19,8 +19,8 @@ struct QueryRow {
         return (place < RopeChunks::kCount ? rope : latent) + column;
     }
 };
-// The first of the eight columns of q_rope or q_latent that meet chunk `place` of a cached row. Codes behind the last of a
-// sketch meet zeros.
+// The first of the eight columns of q_rope or q_latent that are multiplied by chunk `place` of a cached row. Codes beyond the
+// last of a sketch are multiplied by zeros.
 __host__ __device__ constexpr int query_column(int place) {
     if (place < RopeChunks::kCount) return RopeChunks::column(place);
     if (place >= kKeyChunks) return OwnChunks::column(place - kKeyChunks);
@@ -32,14 +32,14 @@ __device__ __forceinline__ bool meets_nothing(int place, int column) {
     return SKETCH % 32 && place > RopeChunks::kCount && place < kKeyChunks && column == LATENT;
 }
 
-// Two bfloat16 values times `factor`, in float16 or, where the key is, in bfloat16.
+// Returns two bfloat16 values times `factor`, in float16, or in bfloat16 if the key is bfloat16.
 __device__ __forceinline__ u32 scaled(u32 pair, float factor, bool bf16) {
     const float low = __uint_as_float(pair << 16) * factor, high = __uint_as_float(pair & 0xFFFF0000u) * factor;
     return bf16 ? pack_bf16(low, high) : pack_half(low, high);
 }
 
-// Loads the segment's query, the first steps to the registers of the warpgroup of scores and the others to shared memory,
-// multiplied by a power of two that leaves no value too large; returns that power's inverse. All consumers call it.
+// Loads the segment's query multiplied by a power of two that leaves no value too large, and returns that power's inverse. The
+// first steps go to the registers of the warpgroup of scores, the others to shared memory. All consumers call this function.
 template <bool kScores>
 __device__ __forceinline__ float load_query(const Params& p, u32 q_smem, int request, u32* shared_largest, const u8* columns,
                                             int consumer, u32 (&q)[4 * QUERY_STEPS]) {
@@ -47,7 +47,7 @@ __device__ __forceinline__ float load_query(const Params& p, u32 q_smem, int req
     const int row = consumer % kRows;
     const auto address = [&](int place) { return q_smem + place / 8 * kQPanelBytes + row * 128 + ((place % 8 ^ row % 8) << 4); };
     if (consumer == 0) *shared_largest = 0;
-    sync_consumers();                                                  // no thread reads the memory any more
+    sync_consumers();                                                  // from here no thread reads the old query
     u32 pair = 0;
     const QueryRow mine(p, request, row);
 #pragma unroll 4
@@ -60,7 +60,7 @@ __device__ __forceinline__ float load_query(const Params& p, u32 q_smem, int req
         pair = larger_magnitudes(larger_magnitudes(larger_magnitudes(larger_magnitudes(pair, x.x), x.y), x.z), x.w);
     }
     if constexpr (kScores) {
-        // wgmma's left operand: a thread has rows lane / 4 and 8 further on, columns 2 (lane % 4) and the next of both chunks.
+        // wgmma's left operand: a thread has rows lane / 4 and lane / 4 + 8, and of both chunks columns 2 (lane % 4) and the next.
         const int first = consumer / 32 * 16 + consumer % 32 / 4, column = 2 * (consumer % 4);
         const QueryRow rows[2] = {QueryRow(p, request, first), QueryRow(p, request, first + 8)};
 #pragma unroll

@@ -1,12 +1,12 @@
 // ---- scores -------------------------------------------------------------------------------------------------------
 //
-// One warpgroup. A thread holds of S [64 query rows, 64 tokens] rows 16 warp + lane / 4 and 8 further on, and of each 8 tokens
-// 2 (lane % 4) and the next: element 4 j + 2 i + e is row i, token 8 j + 2 (lane % 4) + e.
+// One warpgroup computes scores. Of S [64 query rows, 64 tokens] a thread holds rows 16 warp + lane / 4 and 8 further on, and of
+// each 8 tokens 2 (lane % 4) and the next: element 4 j + 2 i + e is row i, token 8 j + 2 (lane % 4) + e.
 
 // A consumer's view of the current segment.
 struct Segment {
     int length, unmasked;                                        // unmasked: tokens that every query row may see
-    float scale_log2;                                            // factor of a score besides its token's power
+    float scale_log2;                                            // multiplies a score, besides its token's power
     int tiles, first_token, warp, lane;
 };
 
@@ -15,7 +15,7 @@ struct Memory {
     u32 query, probability, ring;
 };
 
-// The products of a tile.
+// Computes the products of a tile.
 __device__ __forceinline__ void scores(float (&s)[32], const u32 (&q)[4 * QUERY_STEPS], Fixed& fixed, const Memory& memory,
                                        const Stage& at) {
     const u64 query = descriptor(memory.query, 16);
@@ -44,8 +44,8 @@ __device__ __forceinline__ void scores(float (&s)[32], const u32 (&q)[4 * QUERY_
     pin(s);
 }
 
-// The largest weighted exponent of each row of a tile. It takes a tile that is the first of a segment or has a score far above
-// all before to call it.
+// Finds the largest weighted exponent of each row of a tile. Only the first tile of a segment, and one with a score far above all
+// earlier ones, need it.
 __device__ __forceinline__ void find_tops(const float (&s)[32], const Eight* eights, float scale_log2, float (&top)[2]) {
     top[0] = top[1] = negative_infinity();
 #pragma unroll
@@ -61,12 +61,13 @@ __device__ __forceinline__ void find_tops(const float (&s)[32], const Eight* eig
     }
 }
 
-// What a thread knows of its two query rows, and what becomes of a tile's products.
+// A thread's running softmax over its two query rows.
 struct Rows {
     float reference[2] = {negative_infinity(), negative_infinity()}, total[2] = {0.f, 0.f};
     u32 stamp = 0;
 
-    // Probabilities of tile `j` of a segment to shared memory, relative to the rows' reference and weighted by the tokens' power.
+    // Writes the probabilities of a segment's tile `j` to shared memory, relative to the rows' reference and weighted by the
+    // tokens' power.
     __device__ __forceinline__ void soften(const Params& p, Fixed& fixed, const Segment& c, const Memory& memory, float (&s)[32],
                                            int j, const Stage& at, u32 used_phase) {
         const int column = 2 * (c.lane % 4), row = c.warp * 16 + c.lane / 4;
@@ -106,7 +107,7 @@ struct Rows {
 #pragma unroll
             for (int k = 0; k < kTile / 8; ++k) {
                 const float4 eight = *reinterpret_cast<const float4*>(eights + k);       // power, logarithm, inverse
-                const float factor = fmaxf(eight.x * c.scale_log2, 1e-37f);              // what is masked stays so
+                const float factor = fmaxf(eight.x * c.scale_log2, 1e-37f);              // not 0, so that masked scores stay masked
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     const float x = exp2_fast(fmaf(s[4 * k + 2 * i], factor, eight.y - base[i]));
@@ -116,7 +117,7 @@ struct Rows {
                     largest = larger_half(largest, packed[2 * k + i]);
                 }
             }
-            // A score far above all before asks for a second try with a new reference.
+            // A score far above all earlier ones takes a second try with a new reference.
             const bool over = (largest & 0xFFFF) >= 0x7400 || largest >> 16 >= 0x7400;          // 2^14
             if (fresh || !__any_sync(0xffffffff, over)) break;
             fresh = true;
@@ -136,7 +137,7 @@ struct Rows {
     }
 };
 
-// All tiles of a segment. `done` counts tiles.
+// Computes the probabilities of all tiles of a segment. `done` counts tiles.
 __device__ __forceinline__ void attend(const Params& p, Fixed& fixed, const Segment& c, const Memory& memory,
                                        const u32 (&q)[4 * QUERY_STEPS], Stage& at, u32& done) {
     const int row = c.warp * 16 + c.lane / 4;

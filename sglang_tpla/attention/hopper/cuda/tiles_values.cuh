@@ -1,14 +1,14 @@
 // ---- values -------------------------------------------------------------------------------------------------------
 //
-// One warpgroup. A thread holds of O [64 query rows, LATENT] rows 16 warp + lane / 4 and 8 further on: element 4 j + 2 i + e is
-// row i, column 2 (lane % 4) + e of chunk j.
+// One warpgroup computes values. Of O [64 query rows, LATENT] a thread holds rows 16 warp + lane / 4 and 8 further on: element
+// 4 j + 2 i + e is row i, column 2 (lane % 4) + e of chunk j.
 
 using Values = RowSums;
 
-// All tiles of a segment. `done` counts tiles.
+// Adds up the values of all tiles of a segment. `done` counts tiles.
 __device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, const Memory& memory, Stage& at, u32& done,
                                               Values& v) {
-    u32 stamp = 0;                                               // of no tile: the first tile sets the values' reference
+    u32 stamp = 0;                                               // no tile has 0, so the first tile sets the values' reference
 #pragma unroll 1
     for (int j = 0; j < c.tiles; ++j) {
         barrier_wait(shared_address(fixed.values_full + at.slot), at.phase);
@@ -35,7 +35,7 @@ __device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, co
         wgmma_commit();
         wgmma_wait<0>();
         pin(v.o);
-        __syncwarp();                                            // all lanes have read what was published
+        __syncwarp();                                            // all lanes have read `stamp` and `published`
         if (c.lane == 0) {
             barrier_arrive(shared_address(&fixed.used));
             barrier_arrive(shared_address(fixed.values_empty + at.slot));
@@ -44,8 +44,8 @@ __device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, co
     }
 }
 
-// Writes a segment: to the output where it is the whole request, else as a partial result, in which each row is scaled by its
-// largest value.
+// Writes a segment to the output if it is the whole request, and otherwise as a partial result, in which each row is scaled by
+// its largest value.
 __device__ __forceinline__ void store(const Params& p, const Fixed& fixed, const Values& v, int request, int split, bool whole,
                                       const Segment& c) {
     const int rows = p.query_len * p.heads;
@@ -76,7 +76,7 @@ __device__ __forceinline__ void store(const Params& p, const Fixed& fixed, const
 #pragma unroll
         for (int j = 0; j < LATENT / 8; ++j) {
             const float x = v.o[4 * j + 2 * i] * scale, y = v.o[4 * j + 2 * i + 1] * scale;
-            // volatile: in order, so that few results need registers at once
+            // Volatile stores stay in order, so that few results occupy registers at once.
             const u32 pair = whole ? pack_bf16(x, y) : pack_half(x, y);
             asm volatile("st.global.u32 [%0], %1;" ::"l"(target + OwnChunks::column(j)), "r"(pair) : "memory");
         }

@@ -1,8 +1,8 @@
 // ---- consumers of MODE_ROWS: turns at the tensor cores ------------------------------------------------------------
 
-// A turn queues the values of a tile and the scores of the next back to back, then passes on: the other warpgroup's turn
-// follows without a gap, and this warpgroup computes probabilities meanwhile. A turn passed on earlier would mix with the
-// next one and delay the scores, for which the softmax waits. Group 0 has the first turn.
+// In its turn a warpgroup queues the values of a tile and the scores of the next back to back, then passes the turn: the other
+// warpgroup's products follow without a gap, while this warpgroup computes probabilities. If a turn were passed earlier, the
+// products of both would mix and delay the scores, for which the softmax waits. Group 0 has the first turn.
 __device__ __forceinline__ void attend_in_turns(u32 q_rows, const QueryRegisters& query, const Stretch& t,
                                                 const int (&limit)[2], float scale_log2, float (&o)[kOut], Softmax& state,
                                                 int group, int lane) {
