@@ -27,13 +27,13 @@ class CpuReferencePlatform(SRTPlatform):
 
         # By now SGLang has chosen intel_amx for "cpu", whose kernels need AMX.
         if server_args.attention_backend in (None, "intel_amx"):
-            # Only our own twin reads rows in bytes and takes several query tokens of a request.
+            # Only our own twin reads rows in bytes and takes several query tokens a request.
             ours = server_args.kv_cache_dtype == BYTES_CACHE or server_args.speculative_algorithm is not None
             server_args.attention_backend = OURS if ours and serves_decode() else "torch_native"
         server_args.sampling_backend = "pytorch"
         # Overlap scheduling hides CPU work behind a device; here both are the same cores.
         server_args.disable_overlap_schedule = True
-        # An idle scheduler otherwise spins on a core that its neighbours need.
+        # An idle scheduler otherwise spins on a core that other processes need.
         server_args.sleep_on_idle = True
 
     def get_default_attention_backend(self) -> str:
@@ -59,7 +59,7 @@ class CpuReferencePlatform(SRTPlatform):
         return single_token_allocator
 
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
-        """Asked from 0.5.21 on; which of them is served is said before (``host/speculation.py``)."""
+        """Return True: before SGLang (0.5.21 on) asks, ``host/speculation.py`` has refused unsupported algorithms."""
         return True
 
     def get_compile_backend(self, mode: str | None = None) -> str:

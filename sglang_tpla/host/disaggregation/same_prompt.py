@@ -1,9 +1,9 @@
 """Proof that a decode server got the cache of its own prompt.
 
-Each server turns a request into tokens by itself, and only the room joins the two. Where two clients take one room, or
-where tokenizers or chat templates differ, prefill's cache can be another prompt's of the same length, and nothing in
+Each server turns a request into tokens by itself, and only the room connects the two. If two clients take one room, or
+if tokenizers or chat templates differ, prefill's cache may be that of another prompt of the same length, and nothing in
 the transfer shows it. So prefill leaves a digest of the tokens in the request's metadata row, in the last spare place
-of ``cached_tokens`` (``MetadataBuffers`` in ``sglang/srt/disaggregation/utils.py``), and decode compares it.
+of ``cached_tokens`` (``MetadataBuffers`` in ``sglang/srt/disaggregation/utils.py``), and decode compares the digest.
 """
 
 import logging
@@ -38,7 +38,7 @@ def compare_digest(original: Callable[..., None], self: Any, decode_req: Any) ->
     own_request = req.bootstrap_host in (None, FAKE_BOOTSTRAP_HOST)  # such a request has no transfer
     replayed = getattr(decode_req, "is_rebootstrap", False)  # prefill computed the answer so far as well
     if replayed:
-        req.sampling_params.max_new_tokens += len(req.output_ids)  # again that of the whole answer (`capacity.py`)
+        req.sampling_params.max_new_tokens += len(req.output_ids)  # the whole answer's limit again (`capacity.py`)
     if own_request or replayed or found in (0, digest(req.origin_input_ids)):
         original(self, decode_req)
         keep_first_place(req)

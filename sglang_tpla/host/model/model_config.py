@@ -11,7 +11,7 @@ from sglang_tpla.host.process import artifact, settings
 
 
 def slice_shape(result: None, self: Any, *args: Any, **kwargs: Any) -> None:
-    """Hook after ``ModelConfig.__init__``."""
+    """Hook after ``ModelConfig.__init__``: set the slice's width and H*g heads."""
     loaded = artifact()
     if loaded is None or getattr(self, "is_draft_model", False):
         return
