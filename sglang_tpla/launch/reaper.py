@@ -9,8 +9,8 @@ the supervisor ended or was killed, this process ends every process of those ses
 shared memory that those processes had mapped. SGLang leaves a segment behind at each start, under a name that only its
 processes know, so the reaper looks at their mappings.
 
-Signals meant for the supervisor do not reach this process, which leads its own session and ignores them. It needs
-Linux.
+Signals meant for the supervisor do not reach this process, which leads its own session and ignores them. This process
+needs Linux.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)  # such processes only wait f
 def held_segments(pid: int) -> set[int]:
     """Return the index nodes of the shared memory that a process has mapped or is about to map.
 
-    Names would not do: a semaphore is mapped under a first name and linked to its own afterwards.
+    Names would not do: a semaphore is mapped under a temporary name, and linked to its final name afterwards.
     """
     process = Path("/proc") / str(pid)
     device = SHARED_MEMORY.stat().st_dev
@@ -106,7 +106,7 @@ class Reaper:
         return [process.pid for process in psutil.process_iter() if process.pid != os.getpid() and self._owns(process)]
 
     def _owns(self, process: psutil.Process) -> bool:
-        """Whether a process lives in one of the sessions, or was started with one of the temporary folders."""
+        """Return whether a process lives in one of the sessions, or was started with one of the temporary folders."""
         with contextlib.suppress(*GONE):
             return process.status() not in ENDED and (
                 os.getsid(process.pid) in self.sessions or process.environ().get("TMPDIR") in self.folders
@@ -137,7 +137,7 @@ class Reaper:
                 self.note(os.fsdecode(line))
 
     def frozen_look(self, number: signal.Signals) -> None:
-        """Stop the processes, look at them, then send them a signal, so that they make no memory after the look.
+        """Stop the processes, look at them, then send them a signal, so that they map no memory after the look.
 
         SIGTERM goes only to the leaders of the sessions, which end their own children.
         """
