@@ -55,7 +55,7 @@ def engine(imported: None, nano_mla: str) -> Iterator[None]:
         device="cpu",
         dtype="float32",
         max_total_tokens=4096,
-        disable_shared_experts_fusion=True,  # Kimi-VL's loader does not know it
+        disable_shared_experts_fusion=True,  # Kimi-VL's loader does not know fused shared experts
     )
     if hasattr(runtime_context, "SpawnRanks"):  # later releases ask the launcher for the rank
         publish(args, role="test", ranks=runtime_context.SpawnRanks(world_rank=0))

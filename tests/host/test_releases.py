@@ -82,7 +82,7 @@ def test_the_nearest_release(release: str, expected: str) -> None:
 
 
 def test_every_definition_of_a_name_counts() -> None:
-    """A change of the body must not stay unseen behind overloads, which come first."""
+    """A change of the body must be seen although overloads come first."""
     stub = "@overload\ndef f(a: int) -> int: ...\n"
     one, other = (Text(stub + f"def f(a):\n    return {value}\n") for value in (1, 2))
     assert ledger.target_hash("some.module.f", one) != ledger.target_hash("some.module.f", other)

@@ -1,6 +1,6 @@
 """Models whose language model is wrapped: SGLang's own classes are hooked, loaded, folded and observed.
 
-``tests/e2e/test_models.py`` has them in real servers.
+``tests/e2e/test_models.py`` runs these models in real servers.
 """
 
 from pathlib import Path
