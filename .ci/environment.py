@@ -48,7 +48,7 @@ class EnvironmentFailure(Exception):
 
 
 def say(text: str) -> None:
-    """Print to stderr: stdout carries the interpreter's path alone."""
+    """Print to stderr, because stdout carries only the interpreter's path."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -301,7 +301,7 @@ def make(checkout: Path = CHECKOUT) -> Path:
 
 def main() -> int:
     """Run the command line, which has no arguments, and return the exit code."""
-    # SIGTERM must unwind as an interrupt does, or pip would go on alone.
+    # SIGTERM must unwind like an interrupt, or pip would keep running.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         print(make())

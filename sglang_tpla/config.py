@@ -110,7 +110,7 @@ def check_rows(rows: str, origin: str) -> None:
     """Refuse a row format that servers do not know.
 
     Raises:
-        ConfigError: naming those that they know.
+        ConfigError: naming the formats that servers know.
     """
     if rows in RETIRED:
         raise ConfigError(fp8_rows_retired(f"{origin} {rows}", "--tpla-rows sketched"))
@@ -305,7 +305,7 @@ class Settings:
         The rank's data channels come to the next port.
 
         Raises:
-            ConfigError: ``advertise`` is no HOST or HOST:PORT.
+            ConfigError: ``advertise`` is neither HOST nor HOST:PORT.
         """
         if self.advertise is None:
             return own

@@ -1,6 +1,6 @@
 """The ledger of hooks: every change to SGLang with its reason, its releases and the condition for its removal.
 
-``patches/ledger.toml`` is the one list. It names the supported releases; each entry names a target in SGLang, the
+``patches/ledger.toml`` is the one list. The file names the supported releases; each entry names a target in SGLang, the
 function here that hooks it, and the hash of the target's abstract syntax tree in every release in which it is hooked.
 The hash is computed from the source file, without an import, and covers every definition of the name (overloads and
 body). A changed target or an unsupported release stops the start. ``source_table.py`` makes the table of all targets in
@@ -39,7 +39,7 @@ class Hook:
         target: dotted path of the function, method or class in SGLang.
         kind: ``before``, ``after``, ``around`` or ``replace``.
         implementation: ``module:name`` in this package.
-        roles: server roles in which it is applied; ``cpu`` stands for the CPU reference platform.
+        roles: server roles in which the hook is applied; ``cpu`` stands for the CPU reference platform.
         reason: the need for the change.
         upstream: the place in SGLang where the same seam exists or could be added.
         remove_when: the event that makes the change unnecessary.

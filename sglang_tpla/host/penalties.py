@@ -3,8 +3,8 @@
 SGLang penalises all tokens that a step verifies by the state of its penalizers before the step, and reports only the
 last token of the step to them. So ``min_new_tokens`` would count steps, each of up to four tokens, and
 ``frequency_penalty``, ``presence_penalty`` and ``repetition_penalty`` would miss most of an answer. Here each verified
-token has its own penalty: that of the answer so far with the guesses before it. The hook is around ``eagle_sample`` of
-``sglang/srt/speculative/eagle_utils.py``; the formulas follow ``sglang/srt/sampling/penaltylib/``.
+token has its own penalty, which counts the answer so far and the guesses before that token. The hook is around
+``eagle_sample`` of ``sglang/srt/speculative/eagle_utils.py``; the formulas follow ``sglang/srt/sampling/penaltylib/``.
 
 With overlap scheduling SGLang launches a step before it has read the previous one. The penalties then count the tokens
 that the previous step's verification kept, which are on the device; without speculation, SGLang's penalties miss the

@@ -87,7 +87,7 @@ def check_draft(args: Any, text: Any, dtype: torch.dtype) -> None:
         dtype: the model's dtype.
 
     Raises:
-        ConfigError: quoting the config, or naming what is missing.
+        ConfigError: quoting the config, or naming the missing weights.
     """
     if args.speculative_algorithm is None:
         return

@@ -34,8 +34,8 @@ def environment(tp_size: int, environ: Mapping[str, str]) -> dict[str, str]:
         # The servers of one machine share its cores, so threads that wait for each other at every small operation
         # cost more than they bring (measured: 64 tokens took 0.7 s with one thread and 13 s with two).
         "OMP_NUM_THREADS": "1",
-        # SGLang compiles small functions when the first request needs them. On a busy CPU this takes half a minute,
-        # in which prefill gives up the first request of a server that speculates.
+        # SGLang compiles small functions when the first request needs them. On a busy CPU this takes half a minute, and
+        # meanwhile prefill gives up the first request of a server that speculates.
         "TORCHDYNAMO_DISABLE": "1",
     }
     fixed = {

@@ -122,7 +122,7 @@ class _Loader(yaml.SafeLoader):
     def _with_text_variables(self, scope: yaml.Node, sections: tuple[str, ...] = ()) -> yaml.Node:
         """Return a mapping of flags whose ``environment``, and that of its sections, holds text.
 
-        The nodes are copies, since an anchor may give the same mapping to a flag, whose JSON needs true as no text.
+        The nodes are copies, since an anchor may give the same mapping to a flag, and its JSON needs a real true.
         """
         if not isinstance(scope, yaml.MappingNode):
             return scope
@@ -212,7 +212,7 @@ def check_own_names(names: Iterable[str], origin: str) -> None:
 
 
 def check_section_name(name: str, section: str, origin: str, *, is_mapping: bool = False) -> None:
-    """Refuse names that are no flags of a single role: other sections, and keys that are given once for all roles."""
+    """Refuse names that are not flags of one role: other sections, and keys that are given once for all roles."""
     head = name.partition(".")[0]
     if head in ROLE_SECTIONS and (section != "router" or head not in REPEATED or head != name or is_mapping):
         raise ConfigError(f"{origin}: {name} stands inside {section}; sections hold flags, not other sections")

@@ -2,10 +2,10 @@
 
     python -m sglang_tpla.launch.reaper
 
-The supervisor holds the other end of this process's standard input. It writes ``foreign NODE ...`` for the shared
+The supervisor holds the other end of this process's standard input, and writes ``foreign NODE ...`` for the shared
 memory that existed before its own children (this process may start later than they do), ``folder PATH`` for the folder
-of temporary files, and ``session PID`` for each child, which leads a session of its own. When that pipe closes, because
-the supervisor ended or was killed, this process ends every process of those sessions, and removes the folders and the
+of temporary files, and ``session PID`` for each child, which leads its own session. When that pipe closes, because the
+supervisor ended or was killed, this process ends every process of those sessions, and removes the folders and the
 shared memory that those processes had mapped. SGLang leaves a segment behind at each start, under a name that only its
 processes know, so the reaper looks at their mappings.
 
@@ -149,7 +149,7 @@ class Reaper:
         send(living, signal.SIGCONT)
 
     def end(self, grace_s: float = TERM_GRACE_S) -> None:
-        """Ask the session leaders to end, then end every process that still lives, then remove what they left."""
+        """Ask the session leaders to end, end every process that still lives, then remove their memory and folders."""
         self.frozen_look(signal.SIGTERM)
         deadline = time.monotonic() + grace_s
         while living := self.living():

@@ -15,11 +15,11 @@ from sglang_tpla.launch.flags import has, integer, split_tokens
 SERVER = ("-m", "sglang.launch_server")
 # Tests and tools choose ports below this range; our servers' defaults and Kubernetes' node ports begin at 30,000.
 FIRST_PORT, END_PORT = 24_000, 30_000
-NEAR = range(-16, 256)  # around a server's port are those that a deployment counts up from it and SGLang derives
+NEAR = range(-16, 256)  # around a server's port: a deployment counts up from it, and SGLang derives ports from it
 TRIES = 100
 SYSTEM_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 PORT_FLAG = "nccl-port"
-# With these flags the ranks meet elsewhere, or each replica takes a port of its own.
+# With these flags the ranks meet elsewhere, or each replica takes its own port.
 ELSEWHERE = ("dist-init-addr", "nccl-init-addr", "nnodes")
 
 

@@ -38,7 +38,7 @@ POLL_S = 0.2
 ASK_EVERY_S = 1.0
 LAST_LINES = 20
 SAY_EVERY_S = 15.0  # used where there is no terminal to redraw
-# A socket's path may have 107 bytes, of which SGLang's own names take some 20.
+# A socket's path may have 107 bytes; SGLang's own names take some 20 of them.
 LONGEST_FOLDER = 80
 
 

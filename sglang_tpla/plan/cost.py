@@ -228,7 +228,7 @@ def methods(
 
     Args:
         groups: values of g; by default every divisor of the ranks from 2 on.
-        shared_dims: r; by default what calibrate chooses.
+        shared_dims: r; by default the choice of calibrate.
         rows: formats of TPLA's cache to price.
     """
     quarter = model.latent_dim // 4

@@ -1,4 +1,4 @@
-"""How FlashInfer's MLA kernel deals requests out over a GPU's multiprocessors, and what the busiest of them costs.
+"""A model of how FlashInfer's MLA kernel splits requests over a GPU's multiprocessors, and of the cost of the split.
 
 The model follows ``MLAPlan`` of ``flashinfer/attention/scheduler.cuh`` (0.6): a request is cut into chunks of at most
 ``limit`` tokens, and each chunk goes to the cluster of blocks that has least. ``limit`` is the even share rounded up,

@@ -1,4 +1,4 @@
-"""A prefill and two decode servers with a bad network between them, and what must hold after a fault.
+"""A prefill and two decode servers with a bad network between them, and the checks after a fault.
 
 Prefill and the first decode server have two ranks each; the second decode server has one rank and plain MLA (g = 1).
 All traffic between them goes through proxies: the connections of each prefill rank, and the bootstrap server. The

@@ -16,7 +16,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 @pytest.fixture(scope="session")
 def imported() -> None:
-    """SGLang and the modules that import it, without the warnings of SGLang's imports about what a CPU lacks."""
+    """SGLang and the modules that import it, without the warnings of SGLang's imports on a CPU."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
 
@@ -80,7 +80,7 @@ def engine(imported: None, nano_mla: str) -> Iterator[None]:
 
 @pytest.fixture(params=[False, True], ids=["separate", "one-write"])
 def one_write(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether norm, projection and cache write are one step, as on a GPU; the twin stands for the kernel."""
+    """Whether norm, projection and cache write are one step, as on a GPU; the twin replaces the kernel."""
     if request.param:
         from sglang_tpla.host.model import attention_layer
 

@@ -1,4 +1,4 @@
-"""The bootstrap server over real HTTP: who may register, what is counted, and ranks that outlive it."""
+"""The bootstrap server over real HTTP: permission to register, the counts, and ranks that outlive the server."""
 
 import contextlib
 import inspect

@@ -170,7 +170,7 @@ def test_a_name_that_nobody_knows_fails_at_once(unknown: str) -> None:
 
 def test_why_a_bootstrap_server_was_not_found(address: str) -> None:
     assert why_unanswered("127.0.0.1:1") == "nobody listens there"
-    assert why_unanswered(address) == "status 200: []"  # an empty list is no layout
+    assert why_unanswered(address) == "status 200: []"  # an empty list is not a layout
 
 
 def test_where_nobody_listens_is_asked_twice() -> None:

@@ -29,7 +29,7 @@ def test_the_ledger_is_what_the_wheel_has(release: str) -> None:
             assert targets[hook.target_in(release)] == hook.ast_sha256[release], hook.target
 
 
-@pytest.mark.filterwarnings("ignore")  # SGLang's own imports warn of what a CPU lacks
+@pytest.mark.filterwarnings("ignore")  # SGLang's own imports warn on a CPU
 def test_the_installed_release_is_what_its_wheel_has() -> None:
     row = source_table.recorded()[ledger.host_version()]
     installed = ledger.Installed()

@@ -13,7 +13,7 @@ from tests.wire import rig
 
 
 def request(manager: SimpleNamespace, room: int) -> Any:
-    """A request whose scheduler calls come from the test."""
+    """Return a request that the test calls in the scheduler's place."""
     from sglang_tpla.host.disaggregation.kv_sender_receiver import _Request
 
     made: Any = _Request()
@@ -154,7 +154,7 @@ def sender_of(manager: SimpleNamespace, room: int, pages: int) -> Any:
 
 
 def decode_manager(monkeypatch: pytest.MonkeyPatch, agent: Any) -> Any:
-    """A manager on decode with SGLang's tables, whose prefill server refuses to compute retracted requests anew."""
+    """Return a manager on decode with SGLang's tables; its prefill server refuses to recompute retracted requests."""
     from sglang.srt.disaggregation.common.conn import CommonKVManager
 
     from sglang_tpla.host.disaggregation import kv_sender_receiver

@@ -32,7 +32,7 @@ def computed(buffers: Any, tokens: list[int]) -> None:
 
 
 def committed(buffers: Any, tokens: list[int], **changes: Any) -> tuple[bool, Any]:
-    """Commit a request's cache, and return whether decode goes on with it, and the request."""
+    """Commit a request's cache, and return whether decode goes on with the cache, and the request."""
     from sglang_tpla.host.disaggregation.same_prompt import compare_digest
 
     req = SimpleNamespace(

@@ -58,7 +58,7 @@ def deepseek_vl2() -> tuple[torch.nn.Module, str, dict[str, Any]]:
 
 
 WRAPPED = pytest.mark.parametrize("make", [kimi_vl, kimi_k25, deepseek_vl2])
-QUIET = pytest.mark.filterwarnings("ignore")  # SGLang's own imports warn of what a CPU lacks
+QUIET = pytest.mark.filterwarnings("ignore")  # SGLang's own imports warn on a CPU
 
 
 @WRAPPED

@@ -139,7 +139,7 @@ class TplaDecodeBackend(AttentionBackend):
         return self._verify_mask
 
     def update_verify_buffers_to_fill_after_draft(self, spec_info: Any, cuda_graph_bs: int | None) -> None:
-        """Do nothing: a plan depends on lengths alone, which are known before the drafts."""
+        """Do nothing: a plan depends only on lengths, which are known before the drafts."""
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Make larger buffers before the first capture if need be; from then on graphs keep their addresses."""

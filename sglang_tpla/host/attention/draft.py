@@ -1,9 +1,9 @@
 """The backends of the draft model's attention on a server that speculates.
 
-SGLang's ``DraftBackendFactory`` (``sglang/srt/speculative/draft_utils.py``) makes one for each guessed token but the
-last, and one that extends the draft's cache by verified tokens. The factory's tables are closed and lack ``tpla`` and
-``torch_native``. The factory also records its choice nowhere, so a draft layer would take the target's backend for its
-own and hand over keys in the wrong form.
+SGLang's ``DraftBackendFactory`` (``sglang/srt/speculative/draft_utils.py``) makes a backend for each guessed token but
+the last, and one that extends the draft's cache by verified tokens. The factory's tables are closed and lack ``tpla``
+and ``torch_native``. The factory also records its choice nowhere, so a draft layer would take the target's backend for
+its own and hand over keys in the wrong form.
 """
 
 from collections.abc import Callable
@@ -76,7 +76,7 @@ def extending_backend(original: Callable[..., Any], self: Any) -> Any:
 def capture_graphs(original: Callable[[Any], None], self: Any) -> None:
     """Hook around ``EagleDraftWorker._capture_cuda_graphs``: capture the draft layer's extend over our kernels as well.
 
-    SGLang captures it only for a list of its own backends, and never on a CPU.
+    SGLang captures that extend only for a list of its own backends, and never on a CPU.
     """
     if self.device == "cpu":
         self.cuda_graph_runner = self.cuda_graph_runner_for_draft_extend = None

@@ -1,6 +1,6 @@
 """Speculative decoding on the CPU reference platform: plain PyTorch where SGLang has kernels for GPUs and for AMX.
 
-It serves only chains of guesses (``--speculative-eagle-topk 1``), in which guess i + 1 follows guess i. Each function
+Only chains of guesses (``--speculative-eagle-topk 1``) are served, in which guess i + 1 follows guess i. Each function
 hooks the one of the same purpose in ``sglang/srt/speculative/eagle_utils.py``, ``sglang/srt/mem_cache/allocation.py``
 or ``sglang/kernels/ops/speculative/``.
 """
@@ -47,7 +47,7 @@ def build_chain(
 def verify_chain(
     original: Callable[..., Any],
     predicts: torch.Tensor,  # [requests * tokens] int32, filled
-    accept_index: torch.Tensor,  # [requests, guesses + 1] int32, -1, filled up to what is accepted
+    accept_index: torch.Tensor,  # [requests, guesses + 1] int32, -1, filled for accepted tokens
     accept_token_num: torch.Tensor,  # [requests] int32, filled: accepted guesses
     candidates: torch.Tensor,  # [requests, tokens], each request's guesses after its last token
     target_predict: torch.Tensor,  # [requests, tokens]
@@ -82,7 +82,7 @@ def sample_chain(
     accept_token_num: torch.Tensor,
     candidates: torch.Tensor,  # [requests, tokens]
     probabilities: torch.Tensor,  # [requests, tokens, vocabulary]: the target's, after each token
-    coins: torch.Tensor,  # [requests, tokens] in [0, 1): one a guess
+    coins: torch.Tensor,  # [requests, tokens] in [0, 1): one for each guess
     last_coins: torch.Tensor,  # [requests] in [0, 1)
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Accept each guess with the target's probability of it; at the first refusal, sample from all other tokens.

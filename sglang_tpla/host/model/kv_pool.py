@@ -1,9 +1,9 @@
 """Layers of different width and rows in bytes in SGLang's latent pool, and memory accounting that follows them.
 
 An artifact with a per-layer policy gives layer l its own w_l; the pool's layer l is then ``[slots, 1, w_l + rope]``.
-Sketched rows (``cache_rows/``) are bytes, ``[slots, 1, row_bytes]`` in a pool of SGLang's one-byte type, which only
-``host/attention/backend.py`` reads. Where all layers have one width and plain rows these hooks do nothing. They follow
-``MLATokenToKVPool`` of ``sglang/srt/mem_cache/memory_pool.py`` and ``calculate_mla_kv_cache_dim`` of
+Sketched rows (``cache_rows/``) are bytes, ``[slots, 1, row_bytes]`` in a pool of SGLang's one-byte type; only
+``host/attention/backend.py`` reads these rows. Where all layers have one width and plain rows the hooks do nothing. The
+hooks follow ``MLATokenToKVPool`` of ``sglang/srt/mem_cache/memory_pool.py`` and ``calculate_mla_kv_cache_dim`` of
 ``.../kv_cache_configurator.py``.
 """
 

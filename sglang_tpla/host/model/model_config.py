@@ -1,7 +1,7 @@
 """The engine's view of the model on a decode rank: latent width w instead of d, and H*g heads.
 
 Pool, memory accounting and attention plans follow ``ModelConfig.kv_lora_rank`` and ``ModelConfig.num_attention_heads //
-tp``; the model itself reads its own config, which stays as it is. With H*g heads each rank's share is the H*g/T heads
+tp``; the model itself reads its own config, which stays unchanged. With H*g heads each rank's share is the H*g/T heads
 that a rank of g groups computes. The hook follows ``sglang/srt/configs/model_config.py``.
 """
 

@@ -61,7 +61,7 @@ class LayerMaps:
     """One rank's maps of one layer, float32, in the form that its cache and its kernels need.
 
     Args:
-        projection: ``[d, columns]`` makes the slice and, for sketched rows, behind it the sketch columns of all groups.
+        projection: ``[d, columns]`` makes the slice and, for sketched rows, the sketch columns of all groups after it.
         key_map: ``[query columns, d]`` is folded into the queries' absorbed weights; padded columns have zeros.
         value_map: ``[value columns, d]`` is folded into the values' absorbed weights; padded columns have zeros.
         rows: the cache's rows where they are sketched; None for plain rows.

@@ -87,7 +87,7 @@ def handle(original: Callable[..., None], self: Any, recv_req: Any, **kwargs: An
 def note_idle(self: Any) -> None:
     """Hook before ``Scheduler.on_idle`` on prefill: tell the agent that no request is left to open a room.
 
-    So a decode rank that asks for a room whose request was refused at the edge, or never came, does not wait for the
+    A decode rank that asks for a room whose request was refused at the edge, or never came, then does not wait for the
     deadline.
     """
     self.disagg_prefill_bootstrap_queue.kv_manager.agent.note_idle()

@@ -120,7 +120,7 @@ def tell_other_server(manager: Any, obj: Any, problem: Exception) -> None:
 def abort_forgotten(manager: Any, obj: Any) -> None:
     """Abort a request whose client has hung up, where SGLang forgets the request before its own abort.
 
-    SGLang 0.5.18 and 0.5.19 do: their abort comes two seconds later and ignores unknown ids.
+    SGLang 0.5.18 and 0.5.19 do so: their abort comes two seconds later and ignores unknown ids.
     """
     if not hasattr(manager, "_discard_pending_req_states"):
         return
@@ -195,7 +195,7 @@ def check_template(request: Any) -> None:
 
 
 def convert(original: Callable[..., Any], self: Any, request: Any, raw_request: Any = None) -> Any:
-    """Hook around ``_convert_to_internal_request`` of the OpenAI endpoints: refuse what breaks it, like `generate`."""
+    """Hook around ``_convert_to_internal_request`` of the OpenAI endpoints: refuse requests that break it."""
     from jinja2 import TemplateError
 
     try:

@@ -49,7 +49,7 @@ class Limits:
         top_logprobs: number of alternatives of one token in the metadata row.
         data_parallel: number of its prefill server's ranks that a request may name.
         own_host: host with which a server marks the requests that it sends to itself.
-        speculates: whether it guesses tokens and verifies them.
+        speculates: whether the server guesses tokens and verifies them.
         labels: metric labels that a request may give (``--tokenizer-metrics-allowed-custom-labels``).
     """
 
@@ -120,8 +120,8 @@ def check_transfer(item: Any, limits: Limits) -> None:
 def check_carried(item: Any, limits: Limits) -> None:
     """Refuse fields that would not reach decode, and wrong values that SGLang reads only when it has served a request.
 
-    A metric label that the metrics were not made with, or a time of arrival that is no number, ends SGLang's tokenizer
-    process, and with it the server.
+    A metric label that the metrics were not made with, or a time of arrival that is not a number, ends SGLang's
+    tokenizer process, and with it the server.
     """
     for name, why in NOT_CARRIED.items():
         if getattr(item, name, None) is not None:
@@ -190,7 +190,7 @@ def check_sampling(params: Any, limits: Limits) -> None:
         if params.get(name) is not None:
             within(f"sampling_params.{name}", params[name], first, last)
     penalty = params.get("repetition_penalty")
-    if isinstance(penalty, float) and 0 < penalty < SMALLEST_PENALTY:  # SGLang refuses what is not positive
+    if isinstance(penalty, float) and 0 < penalty < SMALLEST_PENALTY:  # SGLang refuses 0 and negative values
         raise RequestRefused(f"sampling_params.repetition_penalty must be at least {SMALLEST_PENALTY:g}; got {penalty}")
     stops = params.get("stop_token_ids")
     if stops is not None:

@@ -3,7 +3,7 @@
 Python searches ``stop_regex`` after each token, a grammar masks the vocabulary before each, and neither can be
 interrupted. A repetition of a body that itself matches in several ways, ``(a+)+`` or ``([a-z]{1,20}){1,50}``, takes
 longer than anyone waits; so do several repetitions of the same characters in a row, ``.*.*.*x``, and a grammar of great
-length, depth or count. The check looks at the form alone, so it may refuse a pattern that would happen to be quick.
+length, depth or count. The check looks only at the form, so it may refuse a pattern that would happen to be quick.
 Every check raises `RequestRefused`.
 """
 
@@ -25,7 +25,7 @@ MAX_COUNT = 100_000  # largest number in {n}, minLength and the like
 # 200, and more memory than there is for 500.
 MAX_COUNTED = 100
 MAX_EFFORT = 100  # largest `effort` of one repetition
-MAX_ROW = 2  # repetitions in a row that may divide one text: n of them take its length to the power of n + 1
+MAX_ROW = 2  # repetitions in a row that may divide one text; n of them try its length to the power of n + 1 ways
 LONG = 64  # a repetition with so many lengths or more counts towards a row
 MOST_KINDS = 16  # repetitions of one row; each is compared with all others
 COUNTS = re.compile(r"\{\s*(\d+)\s*(?:,\s*(\d*)\s*)?\}")
@@ -37,7 +37,7 @@ CATEGORIES = {"CATEGORY_DIGIT": r"\d", "CATEGORY_NOT_DIGIT": r"\D", "CATEGORY_SP
               "CATEGORY_NOT_SPACE": r"\S", "CATEGORY_WORD": r"\w", "CATEGORY_NOT_WORD": r"\W"}  # fmt: skip
 TOKEN_MACRO = re.compile(r"(?<!\w)(Token|ExcludeToken|TokenTagDispatch)(?!\w)")
 NUMBERS = re.compile(r"[0-9]+")
-SCHEMAS = ("json_schema", "schema")  # keys of structural tags under which numbers are no tokens
+SCHEMAS = ("json_schema", "schema")  # keys of structural tags under which numbers are not tokens
 JSON_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 
 
@@ -96,8 +96,8 @@ def check_token(name: str, said: str, token: float, vocab: int) -> None:
 def check_schema(name: str, text: str, vocab: int = 0) -> None:
     """Check a JSON schema, or an object with several: a structural tag, if there is a ``vocab`` for its tokens.
 
-    The grammar's compiler reads more than Python does, such as a schema with other text behind it, so any text that
-    Python cannot read is refused.
+    The grammar's compiler accepts more than Python does, such as text after the schema, so any text that Python cannot
+    read is refused.
     """
     if text == ANY_JSON:
         return
@@ -221,7 +221,7 @@ def longest_row(items: Any) -> int:
     r"""Return the length of the longest row of long repetitions that may divide one text among them.
 
     A character that no repetition before it matches ends a row, and so does a repetition of such characters that
-    matches at least one. Where it may match none, as in ``a*b*a*``, the repetitions before and behind it divide a text.
+    matches at least one. Where it may match none, as in ``a*b*a*``, the repetitions before and after it divide a text.
 
     >>> longest_row(_parser.parse(".*a.*b.*")), longest_row(_parser.parse(r"\s*\w+\s*=[^;]*;.*"))
     (3, 1)

@@ -1,4 +1,4 @@
-"""Turn parallel samples into requests of their own, each with its own room.
+"""Turn parallel samples into separate requests, each with its own room.
 
 SGLang sends ``n`` samples of a prompt, and before them a request that only fills the prefix cache, under one room. Here
 they become a batch before SGLang sees them, and prefill's cache finds the shared prompt by itself. Both servers get the
