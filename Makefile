@@ -11,7 +11,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 ENVIRONMENT = $(if $(PYTHON),"$(PYTHON)" .ci/environment.py,{ echo "error: no Python 3.11 with ensurepip found; \
 	install python3.11 and python3.11-venv, or run make PYTHON=/path/to/python3.11" >&2; false; })
 export SGLANG
-# With another release of SGLang, `make test` runs these tests of all that meets SGLang, in 15 minutes on two cores.
+# With another release of SGLang, `make test` runs these tests, which meet SGLang, in 15 minutes on two cores.
 # Before a release of this package, run TESTS="tests/e2e tests/parity tests/host", which adds faults, capacities, model
 # families and refusals.
 RELEASES = $(patsubst %,tests/e2e/test_%.py,trio tpla_parity parity sketched_rows speculation requests waiting \

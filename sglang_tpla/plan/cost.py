@@ -30,8 +30,8 @@ CACHE_DTYPES = ("bf16", "fp8")
 ROWS = ("sketched", "plain")  # TPLA's formats; calibrate makes the first by default
 WEIGHT_DTYPES = ("bf16", "fp8")
 WIDTH_STEP = 32
-# With many heads, products are most of our kernel's work at this width; it divides wider rows between its warpgroups in
-# another way. So each of the two has its own rate.
+# With many heads, products are most of our kernel's work at this width, and the kernel divides wider rows between its
+# warpgroups in another way. So each of the two has its own rate.
 FULL, WIDE, FULL_WIDTH = "hopper_256", "hopper_wide", 256
 TRITON_HEADS = 16  # heads of a block of SGLang's Triton kernel; each block reads the cache for itself
 _BF16_BYTES = 2
