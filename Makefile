@@ -1,6 +1,6 @@
 # Two commands matter: `make quickstart` shows the whole thing on a CPU, `make test` checks it.
-# Everything runs in an environment outside this folder, made on first use (.ci/environment.py). SGLANG=0.5.23 (or 0.5.19)
-# beside a target takes that release of SGLang instead of 0.5.17, in an environment of its own.
+# Everything runs in an environment outside this folder, made on first use (.ci/environment.py). With SGLANG=0.5.23 (or
+# 0.5.19) a target uses that release of SGLang instead of 0.5.17, in a separate environment.
 
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
@@ -11,8 +11,9 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 ENVIRONMENT = $(if $(PYTHON),"$(PYTHON)" .ci/environment.py,{ echo "error: no Python 3.11 with ensurepip found; \
 	install python3.11 and python3.11-venv, or run make PYTHON=/path/to/python3.11" >&2; false; })
 export SGLANG
-# Beside another release: what meets SGLang, in a quarter of an hour on two cores. Before a release of this package,
-# TESTS="tests/e2e tests/parity tests/host" takes all of that: faults, capacities, model families and refusals as well.
+# With another release of SGLang, `make test` runs these tests, which meet SGLang, in 15 minutes on two cores.
+# Before a release of this package, run TESTS="tests/e2e tests/parity tests/host", which adds faults, capacities, model
+# families and refusals.
 RELEASES = $(patsubst %,tests/e2e/test_%.py,trio tpla_parity parity sketched_rows speculation requests waiting \
 	attention_groups) \
 	tests/parity tests/host

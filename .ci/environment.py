@@ -10,10 +10,11 @@ Two layers, both outside the checkout, in ``$SGLANG_TPLA_CACHE`` (default ``$XDG
   its own entry points.
 
 ``SGLANG=0.5.23`` in the environment asks for another supported SGLang release than the default one: its pins are
-``requirements-0.5.23.txt``, and both layers are its own.
+``requirements-0.5.23.txt``, and both of its layers are separate.
 
-Either is built in place (virtual environments cannot be moved) under a lock, and carries a ``.complete`` file
-only once it is whole: what an interrupted build left is removed by the next one. Standard library only.
+Each layer is built in place (virtual environments cannot be moved) under a lock, and carries a ``.complete`` file
+only once it is whole: the next build removes the remains of an interrupted one. This file needs only the standard
+library.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parent.parent
 PYTHON_VERSION = (3, 11)
 DEFAULT_RELEASE = "0.5.17"  # the SGLang release whose pins are requirements.txt
-NEEDED_BYTES = 10 * 10**9  # what the packages take while they are unpacked
+NEEDED_BYTES = 10 * 10**9  # space that the packages take while they are unpacked
 COMPLETE = ".complete"
 CHECKOUT_RECORD = ".checkout"
 
@@ -47,19 +48,19 @@ class EnvironmentFailure(Exception):
 
 
 def say(text: str) -> None:
-    """Print to stderr: stdout carries the interpreter's path alone."""
+    """Print to stderr, because stdout carries only the interpreter's path."""
     print(text, file=sys.stderr, flush=True)
 
 
 def cache_folder(environ: os._Environ[str] | dict[str, str] = os.environ) -> Path:
-    """Folder of all environments of this project on this machine."""
+    """Return the folder of all environments of this project on this machine."""
     if own := environ.get("SGLANG_TPLA_CACHE"):
         return Path(own).expanduser().resolve()
     return Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().resolve() / "sglang_tpla"
 
 
 def short_hash(*parts: bytes) -> str:
-    """Sixteen hex digits that change when any part does."""
+    """Return sixteen hex digits that change when any part does."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(hashlib.sha256(part).digest())
@@ -67,7 +68,7 @@ def short_hash(*parts: bytes) -> str:
 
 
 def requirements_file(checkout: Path, environ: os._Environ[str] | dict[str, str] = os.environ) -> Path:
-    """The pins of the SGLang release that ``SGLANG`` asks for, or of the default one.
+    """Return the file of pins of the SGLang release that ``SGLANG`` asks for, or of the default one.
 
     Raises:
         EnvironmentFailure: the project has no pins for that release.
@@ -85,14 +86,14 @@ def requirements_file(checkout: Path, environ: os._Environ[str] | dict[str, str]
 
 
 def base_key(checkout: Path) -> str:
-    """Hash of the pins, the Python version and the machine's architecture."""
+    """Return a hash of the pins, the Python version and the machine's architecture."""
     version = ".".join(map(str, sys.version_info[:2]))
     pins = requirements_file(checkout).read_bytes()
     return short_hash(pins, version.encode(), platform.machine().encode())
 
 
 def overlay_key(checkout: Path) -> str:
-    """Hash of the base, the checkout's place and what its installation depends on."""
+    """Return a hash of the base, the checkout's path and its pyproject.toml."""
     return short_hash(base_key(checkout).encode(), os.fsencode(checkout), (checkout / "pyproject.toml").read_bytes())
 
 
@@ -110,7 +111,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def die_with_parent() -> None:
-    """In a child, before exec: be killed when the parent is, even by SIGKILL."""
+    """Have the kernel kill this child when its parent ends, even by SIGKILL; called before exec."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
@@ -177,7 +178,7 @@ class InstallProgress:
 
 
 def works(python: Path) -> bool:
-    """Whether an environment's interpreter still runs (its Python may have been uninstalled)."""
+    """Return whether an environment's interpreter still runs (its Python may have been uninstalled)."""
     try:
         return subprocess.run([python, "-c", ""], stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
     except OSError:
@@ -185,7 +186,7 @@ def works(python: Path) -> bool:
 
 
 def build_once(folder: Path, build: Callable[[], None]) -> Path:
-    """Run `build` for `folder` unless it is complete; returns its interpreter."""
+    """Run `build` for `folder` unless the folder is complete, and return its interpreter."""
     python = folder / "bin" / "python"
     if (folder / COMPLETE).exists() and works(python):
         return python
@@ -202,7 +203,7 @@ def build_once(folder: Path, build: Callable[[], None]) -> Path:
 
 
 def site_packages(folder: Path) -> Path:
-    """The package folder of a virtual environment."""
+    """Return the package folder of a virtual environment."""
     return folder / "lib" / "python{}.{}".format(*PYTHON_VERSION) / "site-packages"
 
 
@@ -230,7 +231,7 @@ def build_overlay(folder: Path, base: Path, checkout: Path) -> None:
     say(f"making {folder} for {checkout}")
     venv.EnvBuilder(symlinks=True).create(folder)
     (folder / CHECKOUT_RECORD).write_text(str(checkout))
-    # addsitedir and not a bare path: the base has .pth files of its own.
+    # Use addsitedir and not a bare path, because the base has .pth files as well.
     link = f"import site; site.addsitedir({str(site_packages(base))!r})\n"
     (site_packages(folder) / "base_environment.pth").write_text(link)
     command = [base / "bin" / "python", "-m", "pip", "--python", folder / "bin" / "python", "install"]
@@ -272,7 +273,7 @@ def prune(cache: Path) -> None:
 
 
 def make(checkout: Path = CHECKOUT) -> Path:
-    """Make whatever is missing; returns the interpreter that runs this checkout.
+    """Make the missing layers, and return the interpreter that runs this checkout.
 
     Raises:
         EnvironmentFailure: wrong Python, no disk space, no network, a broken pin.
@@ -299,8 +300,8 @@ def make(checkout: Path = CHECKOUT) -> Path:
 
 
 def main() -> int:
-    """Command line: no arguments."""
-    # A terminate must unwind as an interrupt does, or pip would go on alone.
+    """Run the command line, which has no arguments, and return the exit code."""
+    # SIGTERM must unwind like an interrupt, or pip would keep running.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         print(make())

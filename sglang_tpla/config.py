@@ -86,20 +86,20 @@ SERVER_VARIABLE = ENV_PREFIX + "SERVER"  # a server sets it for its own processe
 CACHE_VARIABLE = ENV_PREFIX + "CACHE"  # the folder of compiled kernels and of the environment
 UNCHECKED_VARIABLE = ENV_PREFIX + "ALLOW_UNKNOWN_HOST"
 CPU_MEMORY_VARIABLE = ENV_PREFIX + "CPU_MEMORY_BYTES"
-# All variables that are no setting; docs/launcher.md says what they mean.
+# All variables that are not settings; docs/launcher.md explains them.
 OTHER_VARIABLES = (SERVER_VARIABLE, CACHE_VARIABLE, UNCHECKED_VARIABLE, CPU_MEMORY_VARIABLE)
-OF_TESTS = (ENV_PREFIX + "TEST_", ENV_PREFIX + "BENCH_")  # variables of the tests and benchmarks begin so
+OF_TESTS = (ENV_PREFIX + "TEST_", ENV_PREFIX + "BENCH_")  # prefixes of the variables of tests and benchmarks
 ROLES = ("prefill", "decode")
 O_PROJ = ("replicate", "scatter")
 ROWS = ("plain", "sketched")
 RETIRED = ("fp8", "fp8_triton", "fp8_reference")  # names of a row format of older versions, and of its kernels
 EVERY_TOKENS = 8192  # prefilled tokens between two writes of statistics
-# Bytes of a chunk and of staging. A chunk of any size costs some 0.2 ms of messages (on a GPU also of launches).
+# Bytes of a chunk and of staging. A chunk of any size costs some 0.2 ms for messages (on a GPU also for launches).
 DEFAULT_BYTES = {"cpu": (16 << 20, 256 << 20), "cuda": (16 << 20, 512 << 20)}
 
 
 def fp8_rows_retired(origin: str, instead: str) -> str:
-    """Return the answer to whoever asks for FP8 rows, which older versions had; ``origin`` is what asked and where."""
+    """Return the refusal of FP8 rows, which older versions had; ``origin`` says which setting asks for them."""
     return (
         f"{origin} asks for FP8 rows, which were retired: sketched rows hold 8-bit caches with a smaller error; "
         f"use {instead}"
@@ -110,7 +110,7 @@ def check_rows(rows: str, origin: str) -> None:
     """Refuse a row format that servers do not know.
 
     Raises:
-        ConfigError: naming those that they know.
+        ConfigError: naming the formats that servers know.
     """
     if rows in RETIRED:
         raise ConfigError(fp8_rows_retired(f"{origin} {rows}", "--tpla-rows sketched"))
@@ -119,7 +119,7 @@ def check_rows(rows: str, origin: str) -> None:
 
 
 def not_retired(instead: str) -> Callable[[str], str]:
-    """Return the argparse type of a flag that named FP8 rows or a kernel of theirs: it says what to use instead."""
+    """Return an argparse type that refuses the names of FP8 rows and of their kernels, and says what to use instead."""
 
     def known(text: str) -> str:
         if text in RETIRED:
@@ -130,7 +130,7 @@ def not_retired(instead: str) -> Callable[[str], str]:
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "", suffix: str = "") -> str:
-    """Return the words that name the nearest known name, between ``prefix`` and ``suffix``; a full stop without one."""
+    """Return a hint at the nearest known name, between ``prefix`` and ``suffix``, or a full stop if none is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {prefix}{near[0]}{suffix}?" if near else "."
 
@@ -144,13 +144,13 @@ def check_variables(names: Iterable[str], origin: str) -> None:
     known = [*Settings.variables(), *OTHER_VARIABLES]
     for name in names:
         if name.startswith(ENV_PREFIX) and name not in known and not name.startswith(OF_TESTS):
-            # what all names share says nothing about which is near
+            # Compare without the prefix, which all names share.
             hint = did_you_mean(name.removeprefix(ENV_PREFIX), [k.removeprefix(ENV_PREFIX) for k in known], ENV_PREFIX)
             raise ConfigError(f"{origin}: there is no {name}{hint} Unset it, or take one of {', '.join(known)}")
 
 
 def parsed(text: str, kind: str, origin: str) -> Any:
-    """Return a setting's value, of the type that its field names; ``origin`` is where the text stood, for the error."""
+    """Return a setting's value, of the type that its field names; the error names ``origin``, the text's place."""
     try:
         return {"int": int, "float": float}.get(kind, str)(text)
     except ValueError as error:
@@ -158,12 +158,12 @@ def parsed(text: str, kind: str, origin: str) -> Any:
 
 
 def without_brackets(host: str) -> str:
-    """Return an IPv6 address as it stands outside a URL; other hosts as they are."""
+    """Return an IPv6 address without the brackets of a URL, and other hosts unchanged."""
     return host[1:-1] if host.startswith("[") and host.endswith("]") else host
 
 
 def is_host(text: str) -> bool:
-    """Whether a text is an IP address, or may be a host name: neither a URL nor a name with a port."""
+    """Return whether a text is an IP address, or may be a host name: neither a URL nor a name with a port."""
     try:
         ipaddress.ip_address(text)
     except ValueError:
@@ -302,10 +302,10 @@ class Settings:
     def advertised(self, rank: int, own: tuple[str, int]) -> tuple[str, int]:
         """Return the host and port that decode servers get for a prefill rank that listens on ``own``.
 
-        Its data channels come to the port after that.
+        The rank's data channels come to the next port.
 
         Raises:
-            ConfigError: ``advertise`` is no HOST or HOST:PORT.
+            ConfigError: ``advertise`` is neither HOST nor HOST:PORT.
         """
         if self.advertise is None:
             return own

@@ -1,4 +1,4 @@
-"""The one base class of this package's exceptions: each says what was expected, what came, where, and what to do."""
+"""The base class of this package's exceptions; each says what was expected, what came, where, and what to do."""
 
 
 class SglangTplaError(Exception):

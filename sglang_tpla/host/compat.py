@@ -1,7 +1,7 @@
 """The differences between the supported SGLang releases, behind functions that mean the same in all of them.
 
-No function compares version numbers. Each looks for the seam itself in the installed release, so that a release between
-two supported ones, if ``SGLANG_TPLA_ALLOW_UNKNOWN_HOST`` lets it start, gets its own. The ledger
+No function compares version numbers. Each function looks for the seam itself in the installed release, so the answer is
+also right in a release between two supported ones, which ``SGLANG_TPLA_ALLOW_UNKNOWN_HOST`` may let start. The ledger
 (``patches/ledger.toml``) has the hooked targets of each release; ``docs/upgrading.md`` lists the differences.
 """
 
@@ -28,12 +28,12 @@ def resolved(args: Any) -> Any:
 
 
 def is_resolved(args: Any) -> bool:
-    """Whether SGLang has resolved this record already, which from 0.5.19 on an earlier process may have done."""
+    """Return whether SGLang has already resolved this record; from 0.5.19 on an earlier process may have done so."""
     return bool(getattr(args, "_resolution_finished", False))
 
 
 def default_of(kind: type, name: str) -> Any:
-    """Return a ``ServerArgs`` argument's value where nobody gave one; None where the release has no such argument."""
+    """Return the default of a ``ServerArgs`` argument, or None where the release has no such argument."""
     found = inspect.signature(kind).parameters.get(name)
     return None if found is None else found.default
 
@@ -69,20 +69,20 @@ def attention_groups_flag(args: Any) -> str:
 
 
 def cpu_has_attention_groups() -> bool:
-    """Whether data-parallel attention can run on a CPU: releases before 0.5.19 copy by a kernel and pin memory."""
+    """Return whether data-parallel attention can run on a CPU; before 0.5.19 it needs a kernel and pinned memory."""
     from sglang.srt.layers import dp_attention
 
     return hasattr(dp_attention, "memcpy_cpu")
 
 
 def data_parallel_ranks(args: Any) -> int:
-    """Return the number of replicas or attention groups among which a server's requests are dealt out."""
+    """Return the number of replicas or attention groups over which a server distributes its requests."""
     replicas = max(1, int(args.dp_size))
     return replicas if getattr(args, "enable_dp_attention", False) else replicas * attention_groups(args)
 
 
 def uses_deepgemm_bmm() -> bool:
-    """Whether SGLang is asked to keep absorbed weights in FP8 blocks, under either name of the switch."""
+    """Return whether either name of the switch asks SGLang to keep absorbed weights in FP8 blocks."""
     return any(os.environ.get(name, "0").lower() in ("1", "true") for name in DEEPGEMM_BMM)
 
 
@@ -90,9 +90,9 @@ def uses_deepgemm_bmm() -> bool:
 def attention_rank(rank: int, size: int) -> Iterator[None]:
     """Build layers with the linear layers and head counts of rank ``rank`` of ``size``.
 
-    The engine's groups stay as they are. Linear layers take rank and size up to 0.5.20, and a group later. Later
-    releases also check in ``override`` that the numbers agree with the groups, which ours must not; for them this puts
-    the same values where ``override`` would, without the check.
+    The engine's groups stay as they are. Linear layers take a rank and a size up to 0.5.20, and a group in later
+    releases, whose ``override`` also checks that the numbers agree with the groups. Our numbers must differ from the
+    groups, so in those releases this function stores the values where ``override`` would, without the check.
     """
     from sglang.srt import runtime_context
     from sglang.srt.layers import linear
@@ -125,7 +125,7 @@ def attention_share() -> dict[str, Any]:
 
 
 def speculates(args: Any | None) -> bool:
-    """Whether a server guesses tokens; without arguments (from 0.5.19 on) the answer is about this process."""
+    """Return whether a server guesses tokens; without arguments (from 0.5.19 on) the answer is about this process."""
     if args is None:
         from sglang.srt.runtime_context import get_spec
 
@@ -158,7 +158,7 @@ def reads_until_replay_ends() -> Any:
 
 
 def captures_graphs() -> bool:
-    """Whether SGLang is capturing CUDA graphs in this process, or running what it is about to capture."""
+    """Return whether SGLang is capturing CUDA graphs in this process, or warming up for a capture."""
     from sglang.srt.model_executor.runner_utils.capture_mode import get_is_capture_mode
 
     return bool(get_is_capture_mode())

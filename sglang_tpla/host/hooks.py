@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_in_place(hook: ledger.Hook, function: Callable[..., Any]) -> bool:
-    """Whether the target in SGLang now leads to ``function``."""
+    """Return whether the target in SGLang now leads to ``function``."""
     current = pkgutil.resolve_name(hook.target_in(ledger.host_version()))
     if isinstance(function, type):
         return current is function

@@ -1,10 +1,10 @@
 """The ledger of hooks: every change to SGLang with its reason, its releases and the condition for its removal.
 
-``patches/ledger.toml`` is the one list. It names the supported releases; each entry names a target in SGLang, the
+``patches/ledger.toml`` is the one list. The file names the supported releases; each entry names a target in SGLang, the
 function here that hooks it, and the hash of the target's abstract syntax tree in every release in which it is hooked.
-The hash comes from the source file without an import, and covers every definition of the name (overloads and body). A
-changed target or an unsupported release stops the start. ``source_table.py`` makes the table of all targets in all
-releases from their wheels.
+The hash is computed from the source file, without an import, and covers every definition of the name (overloads and
+body). A changed target or an unsupported release stops the start. ``source_table.py`` makes the table of all targets in
+all releases from their wheels.
 """
 
 import argparse
@@ -39,9 +39,9 @@ class Hook:
         target: dotted path of the function, method or class in SGLang.
         kind: ``before``, ``after``, ``around`` or ``replace``.
         implementation: ``module:name`` in this package.
-        roles: server roles in which it is applied; ``cpu`` stands for the CPU reference platform.
+        roles: server roles in which the hook is applied; ``cpu`` stands for the CPU reference platform.
         reason: the need for the change.
-        upstream: the place of the same seam, present or possible, in SGLang.
+        upstream: the place in SGLang where the same seam exists or could be added.
         remove_when: the event that makes the change unnecessary.
         ast_sha256: release -> hash of the target's syntax tree, for each supported release from ``since`` to ``until``.
         targets: release -> the target's dotted path, from that release on, where it differs from ``target``.
@@ -70,12 +70,12 @@ class Hook:
             raise LedgerError(f"{self.target}: ast_sha256 must have the hash in every supported release")
 
     def target_in(self, release: str) -> str:
-        """Return the target's dotted path in a release: that of the newest listed release up to it."""
+        """Return the target's dotted path in a release, which the newest listed release up to it decides."""
         earlier = [listed for listed in self.targets if version_key(listed) <= version_key(release)]
         return self.targets[max(earlier, key=version_key)] if earlier else self.target
 
     def applies_in(self, release: str, supported: Collection[str]) -> bool:
-        """Whether the hook is applied in a release; an unsupported release follows the nearest older one."""
+        """Return whether the hook is applied in a release; an unsupported release follows the nearest older one."""
         return nearest(release, supported) in self.ast_sha256
 
 
@@ -113,7 +113,7 @@ def _file() -> dict[str, Any]:
 @cache
 def load() -> tuple[Hook, ...]:
     hooks = tuple(Hook(**{**entry, "roles": tuple(entry["roles"])}) for entry in _file()["hook"])
-    for hook in hooks:  # a release without a hash would silently be a release without the hook
+    for hook in hooks:  # otherwise a missing hash would silently leave the hook out of its release
         expected = {
             release
             for release in supported_releases()
@@ -156,7 +156,7 @@ class Installed:
     def read(self, module: str) -> str | None:
         try:
             spec = importlib.util.find_spec(module)
-        except ModuleNotFoundError:  # a parent that is no package, so the name is a class or a function
+        except ModuleNotFoundError:  # the parent is not a package, so the name is a class or a function
             return None
         if spec is None or spec.origin is None:
             return None
@@ -177,13 +177,15 @@ def canonical(node: Any) -> str:
 
 
 def _definitions(parent: ast.AST, name: str) -> list[ast.AST]:
-    """Return every definition of a name directly below ``parent``: a function may have overloads beside its body."""
+    """Return every definition of a name directly below ``parent``; a function may have overloads besides its body."""
     kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
     return [child for child in ast.iter_child_nodes(parent) if isinstance(child, kinds) and child.name == name]
 
 
 def target_hash(target: str, source: Source) -> str:
-    """Return sha256 of the syntax trees of all definitions of ``target`` (comments, layout and Python do not count).
+    """Return the sha256 of the syntax trees of all definitions of ``target``.
+
+    Comments, layout and the version of Python do not change the hash.
 
     Raises:
         LedgerError: a name that does not exist.
@@ -208,7 +210,7 @@ def _parsed(text: str) -> ast.Module:
 
 
 def check(hook: Hook, source: Source | None = None) -> str | None:
-    """Say what is wrong with the target of one hook in the installed SGLang (or another source), or return None.
+    """Return the mismatch of one hook's target in the installed SGLang (or another source) as text, or None.
 
     In an unsupported release, a target is right if it is the same as in the nearest older supported release.
     """
@@ -228,7 +230,7 @@ def check(hook: Hook, source: Source | None = None) -> str | None:
 
 
 def missing(hook: Hook, source: Source | None = None) -> str | None:
-    """Say that a target does not exist at all, so that no override can hook it; return None where it exists."""
+    """Return the error for a target that does not exist, so that no override can hook it; None where it exists."""
     source = source or Installed()
     try:
         target_hash(hook.target_in(source.release), source)

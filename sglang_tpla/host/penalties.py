@@ -1,13 +1,14 @@
-"""Penalties and least lengths of requests whose guesses are verified, as without speculation.
+"""Apply penalties and minimum lengths to requests whose guesses are verified, as without speculation.
 
-SGLang adds to the logits of all tokens that a step verifies what its penalizers knew before the step, and tells them of
-the last token of a step alone. So ``min_new_tokens`` would count steps, each of up to four tokens, and
+SGLang penalises all tokens that a step verifies by the state of its penalizers before the step, and reports only the
+last token of the step to them. So ``min_new_tokens`` would count steps, each of up to four tokens, and
 ``frequency_penalty``, ``presence_penalty`` and ``repetition_penalty`` would miss most of an answer. Here each verified
-token has its own: that of the answer so far with the guesses before it. The hook is around ``eagle_sample`` of
-``sglang/srt/speculative/eagle_utils.py``; the formulas follow ``sglang/srt/sampling/penaltylib/``.
+token has its own penalty, which counts the answer so far and the guesses before that token. The hook is around
+``eagle_sample`` of ``sglang/srt/speculative/eagle_utils.py``; the formulas follow ``sglang/srt/sampling/penaltylib/``.
 
-With overlap scheduling SGLang launches a step before it reads the one before. Then the tokens count that the
-verification of that one kept, which are on the device; without speculation SGLang's penalties miss its token.
+With overlap scheduling SGLang launches a step before it has read the previous one. The penalties then count the tokens
+that the previous step's verification kept, which are on the device; without speculation, SGLang's penalties miss the
+previous step's token.
 """
 
 import dataclasses
@@ -27,10 +28,10 @@ class Answer:
     """A request's answer so far.
 
     Args:
-        ends: mask [vocabulary] of the tokens that end it.
-        counts: how often each token stands in it, float32 [vocabulary].
-        counted: number of its tokens that were counted.
-        step: tokens of the last step [tokens], and a mask of those that its verification kept.
+        ends: mask [vocabulary] of the tokens that end the answer.
+        counts: number of times that the answer holds each token, float32 [vocabulary].
+        counted: number of the answer's tokens that ``counts`` has seen.
+        step: tokens of the last step [tokens], and a mask of the tokens that its verification kept.
     """
 
     ends: torch.Tensor
@@ -45,7 +46,7 @@ _answers: WeakKeyDictionary[Any, Answer] = WeakKeyDictionary()
 def verify(
     original: Callable[..., Any], verify_input: Any, batch: Any, logits_output: Any, *rest: Any, **named: Any
 ) -> Any:
-    """Hook around ``eagle_sample``: penalise each token, then verify, on a CPU without a GPU's kernels."""
+    """Hook around ``eagle_sample``: penalise each token, then verify; on a CPU no GPU kernel takes part."""
     on_cpu = torch.device(batch.device).type == "cpu"
     call = (lambda *args, **kwargs: sample_or_verify(original, *args, **kwargs)) if on_cpu else original
     info = batch.sampling_info
@@ -59,7 +60,7 @@ def verify(
         verified = call(verify_input, batch, logits_output, *rest, **named)
     finally:
         batch.sampling_info = info
-    predict, _, accept_index = verified  # [requests * tokens]; [requests, tokens], -1 behind the last one that is kept
+    predict, _, accept_index = verified  # [requests * tokens]; [requests, tokens], -1 after the last token that is kept
     tokens, kept = predict.long()[accept_index.long().clamp(min=0)], accept_index >= 0
     for i, req in enumerate(batch.reqs):
         if is_penalised(req.sampling_params):
@@ -72,7 +73,7 @@ def penalise(
     chains: torch.Tensor,  # [requests, tokens], each request's guesses after its last token
     batch: Any,
 ) -> None:
-    """Change the logits after each token of each chain as SGLang does where it decodes one token a step."""
+    """Penalise the logits after each token of each chain as SGLang does where it decodes one token a step."""
     places = [i for i, req in enumerate(batch.reqs) if is_penalised(req.sampling_params)]
     if not places:
         return
@@ -110,7 +111,7 @@ def penalise(
 
 
 def is_penalised(params: Any) -> bool:
-    """Whether a request's logits depend on its answer so far."""
+    """Return whether a request's logits depend on its answer so far."""
     return bool(
         params.frequency_penalty
         or params.presence_penalty
@@ -120,7 +121,7 @@ def is_penalised(params: Any) -> bool:
 
 
 def answer_of(req: Any, like: torch.Tensor) -> Answer:
-    """Return a request's answer, with the tokens counted that came since the step before; ``like``: a row of logits."""
+    """Return a request's answer after counting the tokens since the last step; ``like`` is a row of logits."""
     answer = _answers.get(req)
     if answer is None:
         answer = _answers[req] = Answer(ending(req, like), torch.zeros_like(like, dtype=torch.float32))

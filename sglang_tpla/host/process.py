@@ -27,7 +27,7 @@ def settings() -> Settings:
 
 
 def serves_decode() -> bool:
-    """Whether this process belongs to a decode server of ours."""
+    """Return whether this process belongs to a decode server of ours."""
     found = Settings.from_environment(os.environ)
     return found is not None and found.role == "decode"
 
@@ -35,7 +35,7 @@ def serves_decode() -> bool:
 def name_server(dist_init_addr: str | None, nodes: int) -> None:
     """Give this server a unique name before its first process starts.
 
-    The machines of one server agree on ``--dist-init-addr``.
+    The machines of one server derive the same name from ``--dist-init-addr``.
     """
     name = f"nodes of {dist_init_addr}" if nodes > 1 else secrets.token_hex(16)
     os.environ.setdefault(SERVER_VARIABLE, name)
@@ -58,8 +58,8 @@ class Slice:
     """A decode rank's share of the latent and of the heads.
 
     Args:
-        layout: of all ranks. rank: this rank.
-        artifact: the maps; None where rows hold the whole latent without one (`model.rows`).
+        layout: the layout of all ranks. rank: this rank.
+        artifact: the maps; None where sketched rows hold the whole latent without an artifact (`model.rows`).
     """
 
     layout: Layout

@@ -45,7 +45,7 @@ def startup_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
 def live_info(result: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Hook after ``get_internal_state``: add counters of this rank's transfer agent and its scheduler's load.
 
-    It adds the layout too, because for a server with attention groups SGLang drops what `startup_info` adds.
+    The layout is added here too, because on a server with attention groups SGLang drops the entry of `startup_info`.
     """
     from sglang_tpla.host.disaggregation.kv_manager import agents
 
@@ -58,7 +58,7 @@ def live_info(result: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 def scheduler_load(scheduler: Any) -> dict[str, int]:
     """Count requests in each of the disaggregation's queues, and cache slots and metadata rows in use.
 
-    All counts but ``cached_tokens``, which the prefix cache keeps and would evict, are zero on an idle server.
+    On an idle server all counts are zero except ``cached_tokens``, which the prefix cache holds and may evict.
     """
     bootstrap = scheduler.disagg_prefill_bootstrap_queue
     preallocation = scheduler.disagg_decode_prealloc_queue

@@ -1,4 +1,4 @@
-"""Speculative decoding on both kinds of server: SGLang's settings that work.
+"""Speculative decoding on both kinds of server: the settings of SGLang that are supported.
 
 The supported draft is that of DeepSeek V3 and R1: one NextN layer in the target's own checkpoint, which guesses a chain
 of up to three tokens. Both servers run it, since the draft layer's cache and first guess are made with the prompt.
@@ -22,7 +22,7 @@ NEXTN_LAYERS = "num_nextn_predict_layers"
 
 
 def unsupported_reasons(args: Any, role: str) -> list[str]:
-    """Return the reasons against the flags of a server that speculates; empty for one that does not."""
+    """Return the reasons why the flags of a speculating server cannot be served; empty without speculation."""
     if args.speculative_algorithm is None:
         return []
     guesses = f"with {args.speculative_algorithm}"
@@ -34,7 +34,7 @@ def unsupported_reasons(args: Any, role: str) -> list[str]:
     too_many = (drafts or 1) > MAX_QUERY_LEN or (steps or 1) >= MAX_QUERY_LEN
     none = steps is not None and steps < 1
     chain = not (too_many or none) and (topk or 1) == 1
-    # 0.5.17 has neither
+    # SGLang 0.5.17 has neither of these two flags.
     by_block = getattr(args, "speculative_use_block_verification", False)
     draft_dtype = getattr(args, "speculative_draft_kv_cache_dtype", None) or "auto"
     thresholds = args.speculative_accept_threshold_single, args.speculative_accept_threshold_acc
@@ -78,19 +78,20 @@ def unsupported_reasons(args: Any, role: str) -> list[str]:
 
 
 def check_draft(args: Any, text: Any, dtype: torch.dtype) -> None:
-    """Refuse a checkpoint without the layer that guesses, for which SGLang would take random weights, and a cache of
-    that layer whose rows would be read as those of another dtype.
+    """Refuse a checkpoint without the NextN layer, and a draft cache whose rows would be read as another dtype.
+
+    SGLang would take random weights for a missing layer.
 
     Args:
         text: the config of the model's text part.
-        dtype: the model's.
+        dtype: the model's dtype.
 
     Raises:
-        ConfigError: quoting the config, or naming what is missing.
+        ConfigError: quoting the config, or naming the missing weights.
     """
     if args.speculative_algorithm is None:
         return
-    # one agent's rows have one dtype, and a draft's beside sketched rows are the model's
+    # All rows of an agent have one dtype; beside sketched rows, a draft's rows have the model's dtype.
     rows_dtype = CACHE_DTYPES.get(args.kv_cache_dtype, dtype)
     given = getattr(args, "speculative_draft_kv_cache_dtype", None)  # not in 0.5.17
     if given is not None and (drafts := CACHE_DTYPES.get(given, dtype)) != rows_dtype:
@@ -117,13 +118,14 @@ def check_draft(args: Any, text: Any, dtype: torch.dtype) -> None:
 def check_backends(
     args: Any, backend: str, shapes: Sequence[DecodeShape], draft: DecodeShape, capability: Capability
 ) -> None:
-    """Refuse attention backends that cannot verify, and one that cannot serve the draft's layer.
+    """Refuse attention backends that cannot verify guesses, and one that cannot serve the draft's layer.
 
-    SGLang gives a draft without a backend of its own the decode server's.
+    SGLang uses the decode server's backend for a draft whose backend no flag names.
 
     Args:
-        backend: the decode server's. shapes: of its sliced layers, none where it has no slices.
-        draft: one rank's layer of the draft.
+        backend: the decode server's attention backend.
+        shapes: the shapes of its sliced layers; empty where it has no slices.
+        draft: the shape of the draft's layer on one rank.
 
     Raises:
         ConfigError: naming the backends to use instead.

@@ -1,8 +1,8 @@
 """Collect calibration statistics, second moments of latents and queries, on a prefill server while it serves.
 
-This serves models that fit on no other machine. Each tensor-parallel rank sums over its own heads and writes one file,
-a few megabytes a layer; ``calibrate --from-stats FILE...`` joins ranks and servers. The collector watches the latent
-norm and the query projection of ``DeepseekV2AttentionMLA`` (``sglang/srt/models/deepseek_v2.py``).
+The collector is meant for models that fit on no other machine. Each tensor-parallel rank sums over its own heads and
+writes one file, a few megabytes a layer; ``calibrate --from-stats FILE...`` joins ranks and servers. The collector
+watches the latent norm and the query projection of ``DeepseekV2AttentionMLA`` (``sglang/srt/models/deepseek_v2.py``).
 """
 
 import logging
@@ -49,13 +49,14 @@ class Collector:
 
     def _observer(self, layer: int, name: str, pick: Callable[[Any], torch.Tensor]) -> Callable[..., None]:
         def observe(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-            if compat.captures_graphs():  # of made-up decode steps: sums would enter the graph, and counts would not
+            # A capture runs made-up decode steps, and its graph would replay the sums without the counts.
+            if compat.captures_graphs():
                 return
             halves = self._halves[layer]
             halves[name] = pick(output).detach()
             if len(halves) == 2:  # [tokens, d] and [tokens, local heads, qk_nope] of the same tokens
-                # A health check is a prompt of one token, and routers send many. SGLang computes it on an idle server
-                # alone, so that few share a batch; those cost one token each and are counted.
+                # A health check is a prompt of one token, and routers send many. SGLang computes it only on an idle
+                # server, so few health checks share a batch; those add one token each and are counted.
                 if len(halves["latent"]) > 1:
                     self.statistics.layers[layer].update(halves["latent"], halves["q_nope"])
                 halves.clear()

@@ -1,8 +1,8 @@
-"""Refuse combinations that cannot work at start, in the first process, with one message each.
+"""Refuse settings that cannot work together: at start, in the first process, with one message each.
 
 The hook is around ``ServerArgs.__post_init__`` in ``sglang/srt/server_args.py``: it checks flags before SGLang rewrites
 them, and the model and the attention backend after SGLang has resolved them. Each check raises one of `REFUSALS`, which
-names what has to go; the process then ends with its text.
+names the setting to drop; the process then ends with that text.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ SPARSE = "index_topk"  # DSA models (DeepSeek V3.2, GLM-5) carry an indexer over
 
 
 def check_server_args(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    """Refuse before and after SGLang resolves its arguments; a record that comes resolved has been checked."""
+    """Check arguments before and after SGLang resolves them; a record that comes resolved has been checked before."""
     if compat.is_resolved(self):
         original(self, *args, **kwargs)
         return
@@ -44,7 +44,7 @@ def check_server_args(original: Callable[..., None], self: Any, *args: Any, **kw
         if settings().role == "decode" and sketched():
             self.kv_cache_dtype = BYTES_CACHE
         if settings().statistics_folder is not None:
-            self.disable_prefill_cuda_graph = True  # the collector's hooks are Python, which no replay runs
+            self.disable_prefill_cuda_graph = True  # a graph's replay does not run the collector's Python
         check_address(self)
         name_server(self.dist_init_addr, self.nnodes)
         check_config(self.model_path, found := local_config(self.model_path))
@@ -100,9 +100,9 @@ def check_flags(args: Any) -> None:
             "--page-size 1"
         )
     if args.device == "cpu":
-        budget_bytes()  # refuses a variable that is no number here, rather than in every rank
+        budget_bytes()  # refuse a malformed variable here rather than in every rank
     found += speculation.unsupported_reasons(args, role)
-    if found:  # all at once: each further start would cost the time to load SGLang
+    if found:  # report all reasons at once, because each further start has to load SGLang
         raise ConfigError("; also, ".join(found))
 
 
@@ -117,15 +117,15 @@ def attention_groups_refusal(args: Any) -> tuple[bool, str, str]:
 
 
 def prompt_graphs(args: Any) -> str | None:
-    """Return the kind of CUDA graphs that flags ask for prompts, whichever flag says it; None if none does."""
-    config = args.cuda_graph_config or {}  # --cuda-graph-config goes before the flag of its own
+    """Return the kind of CUDA graphs that any flag requests for prompts, or None if no flag does."""
+    config = args.cuda_graph_config or {}  # --cuda-graph-config overrides --cuda-graph-backend-prefill
     phases = config if isinstance(config, dict) else config.to_dict()
     asked = phases.get("prefill", {}).get("backend", args.cuda_graph_backend_prefill)
     return None if asked is None else str(asked)
 
 
 def unchecked_ways_in(args: Any) -> list[tuple[bool, str, str]]:
-    """Return the entries of ``check_flags`` for ways by which requests reach a scheduler past `requests/edge.py`.
+    """Return the entries of ``check_flags`` for flags that let requests bypass `requests/edge.py`.
 
     One request with a token outside the vocabulary would end the server.
     """
@@ -149,7 +149,7 @@ def newer_refusals(args: Any) -> list[tuple[bool, str, str]]:
         given("disaggregation_decode_allocation_policy"),
         given("disaggregation_decode_host_receive_threshold"),
     )
-    # 0 up to 0.5.21, 1 later
+    # The threshold that means never is 0 up to 0.5.21, and 1 later.
     never = compat.default_of(type(args), "disaggregation_decode_host_receive_threshold")
     return [
         (bool(given("enable_kv_cache_sharding")), "--enable-kv-cache-sharding", "every prefill rank sends whole rows"),
@@ -181,7 +181,7 @@ def check_address(args: Any) -> None:
     if args.node_rank == 0:
         from sglang_tpla.host.disaggregation.bootstrap_server import listening, port_taken
 
-        # with a taken port the server would be healthy while its requests go to another server
+        # If the port were taken, the server would look healthy while its requests went to another server.
         place = args.host, args.disaggregation_bootstrap_port
         try:
             listening(*place).close()
@@ -195,7 +195,7 @@ def local_config(model_path: str) -> dict[str, Any]:
 
 
 def check_config(model_path: str, config: dict[str, Any]) -> None:
-    """Refuse models that are not served, by their architecture and by their config's words about the cache.
+    """Refuse models that are not served, by their architecture and by the settings of the cache in their config.
 
     Args:
         config: the model's whole config, in which the language model's may be nested.
@@ -219,7 +219,7 @@ def check_sizes(config: dict[str, Any]) -> None:
     """Check a local model's constants and the artifact's sizes, before SGLang plans its layers by both."""
     if not config:
         return
-    config_hash(config)  # which every server tells the others; it refuses what no model has
+    config_hash(config)  # refuses values that no model has; later every server tells the others this hash
     if settings().role == "decode" and (loaded := artifact()) is not None:
         loaded.check_sizes(config)
 
@@ -270,8 +270,7 @@ def check_model(args: Any) -> None:
 def check_blocks(text: Any, quantization: dict[str, Any] | None, layout: Layout) -> None:
     """Check that block-quantised weights are cut between blocks.
 
-    SGLang checks that only where it cuts into T parts. There are T/g head shards, for which it would silently take
-    scales of other blocks.
+    SGLang checks this only for a split into T parts; with T/g head shards it would silently take other blocks' scales.
     """
     block = (quantization or {}).get("weight_block_size")
     if not block or layout.head_shards == 1:
@@ -291,7 +290,7 @@ def check_blocks(text: Any, quantization: dict[str, Any] | None, layout: Layout)
 
 
 def slice_shapes(args: Any, config: Any) -> list[DecodeShape]:
-    """Return the shapes of one rank's attention layers, one for each kind among them.
+    """Return the shapes of one rank's attention layers, one for each kind of layer.
 
     Args:
         config: the engine's ModelConfig, whose heads are H*g already (``host/model/model_config.py``).
@@ -313,11 +312,11 @@ def slice_shapes(args: Any, config: Any) -> list[DecodeShape]:
 
 
 def default_backend(original: Callable[..., str], self: Any, use_mla_backend: bool, model_config: Any) -> str:
-    """Hook around ``ServerArgs._get_default_attn_backend``, which chooses for the whole latent."""
+    """Hook around ``ServerArgs._get_default_attn_backend``, which chooses a backend for the whole latent."""
     stock = original(self, use_mla_backend, model_config)
     args = compat.resolved(self)
     if artifact() is None and not sketched():
         return stock
     if args.speculative_algorithm is not None:
-        return OURS  # only it verifies guesses on a slice; it refuses at start what it does not serve
+        return OURS  # no other backend verifies guesses on a slice; `check_model` refuses unsupported shapes
     return preferred_backend(slice_shapes(args, model_config), device_capability(torch.device(args.device)), stock)

@@ -28,14 +28,14 @@ HOSTS = ("host", "prometheus-host")
 
 
 def check_ports(role: str, arguments: Sequence[Argument]) -> None:
-    """Refuse ports on which no peer could find the process; 0 would become a port that nobody was told."""
+    """Refuse ports on which no peer could find the process; 0 would become a port that nobody knows."""
     for name in PORTS:
         if has(arguments, name) and not 1 <= (port := integer(arguments, name, 0)) <= LAST_PORT:
             raise ConfigError(f"{role}: --{name} must lie in 1...{LAST_PORT}; got {port}")
 
 
 def check_hosts(role: str, arguments: Sequence[Argument]) -> None:
-    """Refuse what is neither an IP address nor a host name, such as a name with a port."""
+    """Refuse hosts that are neither an IP address nor a host name, such as a name with a port."""
     for argument in arguments:
         if argument.name not in HOSTS:
             continue
@@ -95,7 +95,7 @@ def check_distinct(ports: Mapping[str, int]) -> None:
 
 
 def router_key(router: Sequence[Argument], key: str | None) -> list[str]:
-    """Return the flags with which the router passes the servers' check of the API key."""
+    """Return the flags that give the router the servers' API key, unless its own flags do."""
     own = value_of(router, "api-key")
     if own is not None and own != key:
         raise ConfigError("--router.api-key must be the servers' --api-key, with which the router asks them")
@@ -116,14 +116,14 @@ def for_router(arguments: Sequence[Argument]) -> list[Argument]:
 
 
 def router_address(name: str, host: str) -> str:
-    """Return the IP address of a host to listen on, as the router takes no names and no zones; IPv6 in brackets."""
+    """Return the IP address of a host to listen on, IPv6 in brackets; the router takes no names of hosts or zones."""
     try:
         found = socket.getaddrinfo(without_brackets(host), None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise ConfigError(
             f"router: --{name} must be an address of this machine; {host!r} cannot be resolved: {error}"
         ) from error
-    # IPv4 first: a client of localhost tries both.
+    # Prefer IPv4, because a client of localhost tries both.
     _, _, _, _, (address, _, *zone) = min(found, key=lambda one: one[0] != socket.AF_INET)
     if not zone:
         return str(address)
@@ -146,9 +146,9 @@ def check_server_url(name: str, url: str) -> None:
 
 
 def check_router_server(argument: Argument) -> None:
-    """Check one server of the router's: a URL, which a bootstrap port may follow where it is a prefill server's.
+    """Check one server of the router's: a URL, which a bootstrap port may follow for a prefill server.
 
-    With a wrong port every request is refused, and the router drops what stands behind it.
+    With a wrong port every request would be refused, and the router drops any further values.
     """
     url, *more = argument.values or [""]
     check_server_url(argument.name, url)

@@ -1,6 +1,6 @@
 """The environment in which stock SGLang's own code paths serve on a CPU.
 
-It follows ``sglang/srt/utils/numa_utils.py`` (each rank's cores) and
+The variables follow ``sglang/srt/utils/numa_utils.py`` (each rank's cores) and
 ``sglang/srt/distributed/device_communicators/pynccl.py`` (which must build no communicator).
 """
 
@@ -25,7 +25,7 @@ def cores_per_rank(cores: Sequence[int], ranks: int) -> list[list[int]]:
 def environment(tp_size: int, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables of a server with `tp_size` ranks on this machine's cores.
 
-    Cores, thread counts and compilation that the user named stay; the other variables have only one value that works.
+    The user's own values for cores, threads and compilation stay; the other variables have only one value that works.
     """
     deal = cores_per_rank(sorted(os.sched_getaffinity(0)), tp_size)
     chosen = {
@@ -34,13 +34,13 @@ def environment(tp_size: int, environ: Mapping[str, str]) -> dict[str, str]:
         # The servers of one machine share its cores, so threads that wait for each other at every small operation
         # cost more than they bring (measured: 64 tokens took 0.7 s with one thread and 13 s with two).
         "OMP_NUM_THREADS": "1",
-        # SGLang compiles small functions when the first request needs them: half a minute on a busy CPU, in which
-        # prefill gives up the first request of a server that speculates.
+        # SGLang compiles small functions when the first request needs them. On a busy CPU this takes half a minute, and
+        # meanwhile prefill gives up the first request of a server that speculates.
         "TORCHDYNAMO_DISABLE": "1",
     }
     fixed = {
         "SGLANG_PLATFORM": PLATFORM,
-        # SGLang would fail to build a NCCL communicator for a CPU; it does without one where no library loads.
+        # SGLang would fail to build a NCCL communicator for a CPU, and does without one if the library does not load.
         "SGLANG_NCCL_SO_PATH": "no-nccl-on-a-cpu",
         "CUDA_VISIBLE_DEVICES": "",
     }

@@ -1,7 +1,7 @@
-"""Flags as lists of tokens: the launcher's own apart from those that pass through, and one layer over another.
+"""Flags as lists of tokens: split by section, taken from a YAML mapping, and layered over one another.
 
 The launcher passes unknown flags to ``sglang.launch_server`` or ``sglang_router.launch_router`` token by token, so that
-every flag of theirs works, also in later releases. It compares only names, in one spelling.
+all their flags work, also those of later releases. The launcher compares only names, in one spelling.
 """
 
 import json
@@ -41,7 +41,7 @@ class Argument:
 
     @property
     def values(self) -> list[str]:
-        """The flag's values as they were written; none of a bare flag."""
+        """The flag's values as they were written; empty for a bare flag."""
         flag, *values = self.tokens
         return [*flag.split("=", 1)[1:], *values]
 
@@ -62,7 +62,7 @@ def canonical(flag: str) -> str:
 
 
 def is_flag(token: str) -> bool:
-    """Whether a token starts a flag; negative numbers are values."""
+    """Return whether a token starts a flag; negative numbers are values."""
     return bool(re.match(r"--?[A-Za-z]", token))
 
 
@@ -127,7 +127,7 @@ def from_mapping(values: dict[str, Any], origin: str) -> list[Argument]:
 def _words(value: Any, origin: str) -> list[str]:
     if isinstance(value, list):
         return [word for item in value for word in _words(item, origin)]
-    if value is None or isinstance(value, bool):  # yes, on and true are one to YAML, and not to a flag
+    if value is None or isinstance(value, bool):  # YAML reads yes, on and true as one value; a flag does not
         raise ConfigError(
             f"{origin}: expected text or numbers in the list; got {value}: put what the flag takes in quotes"
         )
@@ -147,7 +147,7 @@ def layered(*layers: Sequence[Argument]) -> list[Argument]:
 
 
 def last(arguments: Sequence[Argument], name: str) -> Argument | None:
-    """Return the last of a flag's arguments, which counts, or None."""
+    """Return the last argument of a flag, which overrides the others, or None."""
     return next((argument for argument in reversed(arguments) if argument.name == name), None)
 
 

@@ -1,4 +1,4 @@
-"""The launcher's own options, each from the first that has it: command line, file, environment, default.
+"""The launcher's own options, each from the first source that has it: command line, file, environment, default.
 
 The ``--tpla-*`` flags are the fields of `sglang_tpla.config.Settings`, so a new setting is one line there. A mistake
 raises `ConfigError`, which names the value's origin.
@@ -35,7 +35,8 @@ from sglang_tpla.launch.options_file import (
 ROLES = ("prefill", "decode", "router", "all")
 ADDRESS = ("host", "port")
 DEFAULT_STARTUP_TIMEOUT_S = 1800.0
-# Each role's own settings: the decode ranks' way of sharing the latent, and a prefill server's statistics.
+# For each role the other role's settings: the sharing of the latent by decode ranks, and a prefill server's statistics
+# and addresses.
 OF_THE_OTHER_ROLE = {
     "prefill": ("groups", "artifact", "rows", "o_proj"),
     "decode": ("statistics_folder", "statistics_every_tokens", "listen_port", "advertise"),
@@ -67,8 +68,8 @@ class Options:
     def engine_arguments(self, section: str) -> list[Argument]:
         """Return the flags for SGLang or its router in one role, without the launcher's own; command line over file.
 
-        Under ``all``, clients see the router: host and port outside the sections are the router's, and all other flags
-        outside the sections are the two servers'.
+        Under ``all``, clients see the router: host and port outside the sections belong to the router, and all other
+        flags outside the sections belong to the two servers.
         """
         common_file = from_mapping(self.file.keys_for(section), self.file.path)
         common = outside_sections(self.command_line)
@@ -83,7 +84,7 @@ class Options:
         return [argument for argument in merged if not argument.name.startswith(OWN_PREFIX)]
 
     def file_environment(self, section: str) -> dict[str, str]:
-        """Return the variables that the file sets for a role, its section over all, and that the shell does not."""
+        """Return the variables that the file sets for a role, the role's section first, unless the shell sets them."""
         scopes = (self.file.common, self.file.sections.get(section, {}))
         return {
             name: str(value)
@@ -100,7 +101,7 @@ class Options:
         dotted = {argument.name: argument for argument in for_section(self.command_line, role)}
         for flag, entry in SETTING_FIELDS.items():
             variable = ENV_PREFIX + entry.name.upper()
-            # A value for the whole trio, or one left in the shell, means the other server alone.
+            # A value for the whole trio, or one left in the shell, is meant for the other server alone.
             elsewhere = entry.name in OF_THE_OTHER_ROLE[role]
             if flag in dotted:
                 found, origin = dotted[flag].value, f"--{role}.{flag}"
@@ -125,7 +126,7 @@ def convert(value: Any, kind: str, origin: str) -> Any:
 
 
 def check_command_line(arguments: Sequence[Argument]) -> None:
-    """Refuse flags that cannot be meant, before any of them is passed on."""
+    """Refuse flags that must be mistakes, before any flag is passed on."""
     check_own_names([argument.name.rpartition(".")[2] for argument in arguments], "command line")
     for argument in arguments:
         for token in argument.tokens:
@@ -186,7 +187,7 @@ def read(tokens: Sequence[str], environ: Mapping[str, str]) -> Options:
     check_variables(environ, "environment")
     arguments = split_tokens(tokens)
     check_command_line(arguments)
-    # --log-dir is also a flag of the router; it is the launcher's only under "all".
+    # --log-dir is also a flag of the router, and belongs to the launcher only under "all".
     ours = ("role", "config", "dry-run", "startup-timeout-s", "help", "h")
     own = parser().parse_args(to_tokens([a for a in arguments if a.name in ours]))
     file = read_file(own.config) if own.config else FileSource()

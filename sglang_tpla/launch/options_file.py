@@ -1,7 +1,7 @@
 """The launcher's configuration file: YAML with the launcher's keys and SGLang's flags by name.
 
-Those of one role stand under ``prefill:``, ``decode:`` and ``router:``. ``environment:`` sets variables that the shell
-does not set. What cannot be meant raises `ConfigError`, which names the file and the key.
+The flags of one role are under ``prefill:``, ``decode:`` or ``router:``. ``environment:`` sets variables that the shell
+does not set. A mistake raises `ConfigError`, which names the file and the key.
 """
 
 import os
@@ -17,7 +17,7 @@ from sglang_tpla.config import SERVER_VARIABLE, ConfigError, Settings, check_var
 from sglang_tpla.launch.flags import REPEATED, ROLE_SECTIONS, canonical
 
 OWN_PREFIX = "tpla-"
-# The launcher's own keys stand at the top of a file; a section may have variables of its own.
+# The launcher's own keys are at the top of a file; a section may also have its own environment.
 LAUNCHER_KEYS = ("role", "log-dir", "startup-timeout-s", "environment")
 MAPPINGS = (*ROLE_SECTIONS, "environment")
 # SGLang would read flags from the file that its own --config names, and no check here would see them.
@@ -25,7 +25,7 @@ COMMAND_LINE_ONLY = ("config", "dry-run", "help", "h")
 SETTING_FIELDS = {
     OWN_PREFIX + entry.name.replace("_", "-"): entry for entry in fields(Settings) if entry.name != "role"
 }
-# The launcher sets these for its servers, and would pass over what the file's environment says.
+# The launcher sets these variables for its servers, and would ignore the file's environment.
 VARIABLES_OF_SETTINGS = {
     variable: ("" if entry.name == "role" else OWN_PREFIX) + entry.name.replace("_", "-")
     for variable, entry in Settings.variables().items()
@@ -50,15 +50,16 @@ class FileSource:
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def keys_for(self, section: str) -> dict[str, Any]:
-        """Return the flags of a role: its section over the common keys; a router beside sections has only its own."""
+        """Return a role's flags: its section over the common keys; beside sections, a router has only its own flags."""
         common = {} if section == "router" and self.sections else self.common
         merged = {**common, **self.sections.get(section, {})}
         return {name: value for name, value in merged.items() if name not in LAUNCHER_KEYS}
 
 
 class _Written:
-    """A number that is passed on as it was written: YAML reads 0612 as 394, 10:30 as 630 and 1_0 as 10; and 1.10 is
-    also a name or a key, and not 1.1.
+    """A number that is passed on as it was written.
+
+    YAML reads 0612 as 394, 10:30 as 630 and 1_0 as 10; and 1.10 may be a name or a key, which is not 1.1.
     """
 
     text = ""
@@ -76,17 +77,17 @@ class _Float(_Written, float):
 
 
 def _as_text(node: yaml.Node) -> yaml.Node:
-    """Return the node of a variable, in which true, yes and off are the text that they were, and not True and False."""
+    """Return the node of a variable, in which true, yes and off remain text instead of becoming True and False."""
     if not node.tag.endswith(":bool"):
         return node
     return yaml.ScalarNode("tag:yaml.org,2002:str", node.value, node.start_mark, node.end_mark)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key stands once, where the last would win silently.
+    """YAML that refuses a repeated key, of which the last would win silently.
 
-    A number and a date that become a flag or a variable are the text that they were, so is the truth of a variable;
-    inside of JSON a number is one.
+    A number or a date that becomes a flag or a variable remains the text that it was, and so does a variable's true or
+    false; inside JSON a number is a number.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (as in yaml's own classes)
@@ -121,11 +122,11 @@ class _Loader(yaml.SafeLoader):
     def _with_text_variables(self, scope: yaml.Node, sections: tuple[str, ...] = ()) -> yaml.Node:
         """Return a mapping of flags whose ``environment``, and that of its sections, holds text.
 
-        The nodes are copies, since an anchor may give the same mapping to a flag, in whose JSON true is no text.
+        The nodes are copies, since an anchor may give the same mapping to a flag, and its JSON needs a real true.
         """
         if not isinstance(scope, yaml.MappingNode):
             return scope
-        self.flatten_mapping(scope)  # what << brings is a variable as well
+        self.flatten_mapping(scope)  # keys that << merges are variables as well
         pairs = []
         for key, value in scope.value:
             if key.value in sections:
@@ -167,7 +168,7 @@ def read_file(path: str) -> FileSource:
     }
     common = {name: value for name, value in loaded.items() if name not in sections}
     for name, value in common.items():
-        # a flag of SGLang may have a mapping, too, but none is called nearly as a section
+        # A flag of SGLang may have a mapping, too, but none has nearly the name of a section.
         hint = did_you_mean(str(name), MAPPINGS, suffix=":")
         if isinstance(value, dict) and name not in MAPPINGS and hint != ".":
             raise ConfigError(f"{origin}: there is no section {name}{hint} The sections are {', '.join(MAPPINGS)}")
@@ -175,7 +176,7 @@ def read_file(path: str) -> FileSource:
 
 
 def check_value(value: Any, origin: str, around: tuple[int, ...] = ()) -> None:
-    """Refuse values that no command line or environment holds; ``around`` are the lists and mappings it lies in."""
+    """Refuse values that no command line or environment holds; ``around``: ids of the lists and mappings around it."""
     if id(value) in around:
         raise ConfigError(f"{origin}: expected a value; got one that contains itself (a YAML anchor in its own value)")
     if isinstance(value, dict):
@@ -192,7 +193,7 @@ def check_value(value: Any, origin: str, around: tuple[int, ...] = ()) -> None:
 
 
 def check_text(text: str, origin: str) -> None:
-    """Refuse text that the system takes neither in a command nor in a variable."""
+    """Refuse text that the system accepts neither in a command nor in a variable."""
     try:
         good = b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
@@ -211,7 +212,7 @@ def check_own_names(names: Iterable[str], origin: str) -> None:
 
 
 def check_section_name(name: str, section: str, origin: str, *, is_mapping: bool = False) -> None:
-    """Refuse what is no flag of a role's own: other sections, and what is said once for all roles."""
+    """Refuse names that are not flags of one role: other sections, and keys that are given once for all roles."""
     head = name.partition(".")[0]
     if head in ROLE_SECTIONS and (section != "router" or head not in REPEATED or head != name or is_mapping):
         raise ConfigError(f"{origin}: {name} stands inside {section}; sections hold flags, not other sections")

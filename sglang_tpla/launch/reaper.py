@@ -2,15 +2,15 @@
 
     python -m sglang_tpla.launch.reaper
 
-The supervisor holds the other end of this process's standard input. It writes ``foreign NODE ...`` for the shared
+The supervisor holds the other end of this process's standard input, and writes ``foreign NODE ...`` for the shared
 memory that existed before its own children (this process may start later than they do), ``folder PATH`` for the folder
-of temporary files, and ``session PID`` for each child, which leads a session of its own. When that pipe closes, because
-the supervisor ended or was killed, this process ends every process of those sessions, and removes the folders and the
+of temporary files, and ``session PID`` for each child, which leads its own session. When that pipe closes, because the
+supervisor ended or was killed, this process ends every process of those sessions, and removes the folders and the
 shared memory that those processes had mapped. SGLang leaves a segment behind at each start, under a name that only its
 processes know, so the reaper looks at their mappings.
 
-Signals meant for the supervisor do not reach this process, which leads its own session and ignores them. It needs
-Linux.
+Signals meant for the supervisor do not reach this process, which leads its own session and ignores them. This process
+needs Linux.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ ENDED = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)  # such processes only wait f
 def held_segments(pid: int) -> set[int]:
     """Return the index nodes of the shared memory that a process has mapped or is about to map.
 
-    Names would not do: a semaphore is mapped under a first name and linked to its own afterwards.
+    Names would not do: a semaphore is mapped under a temporary name, and linked to its final name afterwards.
     """
     process = Path("/proc") / str(pid)
     device = SHARED_MEMORY.stat().st_dev
@@ -106,7 +106,7 @@ class Reaper:
         return [process.pid for process in psutil.process_iter() if process.pid != os.getpid() and self._owns(process)]
 
     def _owns(self, process: psutil.Process) -> bool:
-        """Whether a process lives in one of the sessions, or was started with one of the temporary folders."""
+        """Return whether a process lives in one of the sessions, or was started with one of the temporary folders."""
         with contextlib.suppress(*GONE):
             return process.status() not in ENDED and (
                 os.getsid(process.pid) in self.sessions or process.environ().get("TMPDIR") in self.folders
@@ -137,7 +137,7 @@ class Reaper:
                 self.note(os.fsdecode(line))
 
     def frozen_look(self, number: signal.Signals) -> None:
-        """Stop the processes, look at them, then send them a signal, so that they make no memory after the look.
+        """Stop the processes, look at them, then send them a signal, so that they map no memory after the look.
 
         SIGTERM goes only to the leaders of the sessions, which end their own children.
         """
@@ -149,7 +149,7 @@ class Reaper:
         send(living, signal.SIGCONT)
 
     def end(self, grace_s: float = TERM_GRACE_S) -> None:
-        """Ask the session leaders to end, then end every process that still lives, then remove what they left."""
+        """Ask the session leaders to end, end every process that still lives, then remove their memory and folders."""
         self.frozen_look(signal.SIGTERM)
         deadline = time.monotonic() + grace_s
         while living := self.living():

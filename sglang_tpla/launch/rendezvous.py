@@ -1,8 +1,8 @@
-"""The port at which a server's ranks meet, chosen by the launcher where nobody has chosen it.
+"""The port at which a server's ranks meet, chosen by the launcher where no flag names it.
 
-SGLang before 0.5.23 takes one that the system would give to any connection (``get_free_port``), seconds before rank 0
-listens there: whoever connects in between may have it, and the server ends with EADDRINUSE. The launcher takes a free
-one below those.
+SGLang before 0.5.23 takes a port that the system would give to any connection (``get_free_port``), seconds before rank
+0 listens there. A connection in between may get that port, and the server then ends with EADDRINUSE. The launcher takes
+a free port below those that the system gives away.
 """
 
 import random
@@ -13,18 +13,18 @@ from pathlib import Path
 from sglang_tpla.launch.flags import has, integer, split_tokens
 
 SERVER = ("-m", "sglang.launch_server")
-# Below these lie ports that tests and tools choose, from 30,000 on our servers' defaults and Kubernetes' node ports.
+# Tests and tools choose ports below this range; our servers' defaults and Kubernetes' node ports begin at 30,000.
 FIRST_PORT, END_PORT = 24_000, 30_000
-NEAR = range(-16, 256)  # of a server's port: those that a deployment counts up from it, and SGLang derives
+NEAR = range(-16, 256)  # around a server's port: a deployment counts up from it, and SGLang derives ports from it
 TRIES = 100
 SYSTEM_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 PORT_FLAG = "nccl-port"
-# With these flags the ranks meet elsewhere, or each replica takes a port of its own.
+# With these flags the ranks meet elsewhere, or each replica takes its own port.
 ELSEWHERE = ("dist-init-addr", "nccl-init-addr", "nnodes")
 
 
 def with_port(command: Sequence[str]) -> tuple[str, ...]:
-    """Return a command, with a port for its ranks' rendezvous where it starts a server that would take any."""
+    """Return a command, with a port for its ranks' rendezvous if it starts a server whose flags name none."""
     if tuple(command[1:3]) != SERVER:
         return tuple(command)
     arguments = split_tokens(command[3:])
@@ -35,9 +35,7 @@ def with_port(command: Sequence[str]) -> tuple[str, ...]:
 
 
 def free_port(own: int = END_PORT) -> int | None:
-    """Return a port at which nobody listens, which the system gives to nobody, and which is not `NEAR` a server's
-    ``own``; None where there is none.
-    """
+    """Return a free port that the system gives to no connection, and that is not `NEAR` a server's ``own``, or None."""
     ports = [port for port in range(FIRST_PORT, min(END_PORT, _first_system_port())) if port - own not in NEAR]
     chosen = random.SystemRandom()  # two launchers of one machine choose differently
     for port in (chosen.choice(ports) for _ in range(TRIES if ports else 0)):

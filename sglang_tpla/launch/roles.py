@@ -32,7 +32,7 @@ TRANSFER_BACKEND = "tpla"
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 30000
 DEFAULT_BOOTSTRAP_PORT = 8998
-DEFAULT_GUESSES = 3  # SGLang's own for these models
+DEFAULT_GUESSES = 3  # SGLang's default for these models
 PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "sglang_tpla"
 
 
@@ -154,8 +154,8 @@ def _server(role: str, arguments: list[Argument], options: Options) -> Process:
 def _with_speculation(role: str, arguments: list[Argument]) -> list[Argument]:
     """Add the flags that ``--speculative-algorithm`` implies: chains of guesses, verified by decode's own kernels.
 
-    SGLang takes the numbers of guesses, of branches and of verified tokens only together, and in a chain each decides
-    the others.
+    SGLang takes the numbers of guesses, of branches and of verified tokens only together, and in a chain any of them
+    decides the others.
     """
     if not has(arguments, "speculative-algorithm"):
         return arguments
@@ -193,12 +193,12 @@ def _url(arguments: Sequence[Argument]) -> str:
 
 
 def _check_layout(settings: Settings, arguments: Sequence[Argument]) -> None:
-    """Refuse a number of groups that divides neither ranks nor heads."""
+    """Refuse a number of groups that does not divide the ranks, or whose head shards do not divide the heads."""
     tp_size = integer(arguments, "tp-size", 1)
     older = has(arguments, "enable-dp-attention")
     tp_size //= max(1, integer(arguments, "dp-size" if older else "attn-dp-size", 1))
     model_config = Path(value_of(arguments, "model-path") or "") / "config.json"
-    heads = tp_size  # any number of ranks divides it
+    heads = tp_size  # without a config, a number that all head shards divide
     if model_config.is_file():
         try:
             heads = whole(read_config(model_config), "num_attention_heads", default=tp_size)
@@ -254,7 +254,7 @@ def check_log_dir(log_dir: str | None) -> None:
 def check_free(process: Process) -> None:
     """Refuse ports at which another process listens.
 
-    A server would find out when its weights are loaded, and ``--role all`` would take the other process for it.
+    A server would notice only after it has loaded its weights, and ``--role all`` would take the other process for it.
     """
     arguments = split_tokens(process.command[3:])
     for name, host_name in (("port", "host"), ("prometheus-port", "prometheus-host")):
@@ -267,7 +267,7 @@ def check_free(process: Process) -> None:
             )[0]
             socket.create_server(address, family=family).close()
         except OSError as error:
-            if error.errno == errno.EADDRINUSE:  # the server itself says what else is wrong
+            if error.errno == errno.EADDRINUSE:  # the server itself reports any other error
                 raise ConfigError(
                     f"{process.role}: --{name} {port}: another process listens there already; end it, or choose "
                     "another port"

@@ -1,8 +1,8 @@
 """Start prefill, decode and router in order, watch them, and end them together.
 
-Each child leads a session of its own and logs to a file. Its temporary files, SGLang's sockets among them, lie in one
-folder. A reaper process (`sglang_tpla.launch.reaper`) ends the sessions and removes the folder once this process closes
-its pipe or dies.
+Each child leads its own session and logs to a file. The children's temporary files, SGLang's sockets among them, are in
+one folder. A reaper process (`sglang_tpla.launch.reaper`) ends the sessions and removes the folder once this process
+closes its pipe or dies.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ POLL_S = 0.2
 ASK_EVERY_S = 1.0
 LAST_LINES = 20
 SAY_EVERY_S = 15.0  # used where there is no terminal to redraw
-# A socket's path may have 107 bytes, of which SGLang's own names take some 20.
+# A socket's path may have 107 bytes; SGLang's own names take some 20 of them.
 LONGEST_FOLDER = 80
 
 
@@ -51,7 +51,7 @@ class StartTimeout(SglangTplaError):
 
 
 class StopRequested(BaseException):
-    """A signal that asks this process to end. It is no `Exception`, so that no handler takes it for an error."""
+    """A signal that asks this process to end; not an `Exception`, so that no handler takes it for an error."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"signal {number}")
@@ -82,9 +82,9 @@ def _stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Defer the stop signals, so that every child that starts is also written down.
+    """Defer the stop signals, so that every child that starts is also recorded.
 
-    Handlers defer them, because a mask holds for one thread and any thread may take a signal.
+    Handlers defer the signals, because a mask applies to one thread and any thread may take a signal.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -110,7 +110,7 @@ def stop_signals_raise() -> Iterator[None]:
 
 
 def _is_healthy(client: httpx.Client, url: str) -> bool:
-    """Whether a server answers 200; a server that does not answer yet is not healthy."""
+    """Return whether a server answers 200; a server that does not answer yet is not healthy."""
     try:
         return client.get(url).status_code == 200
     except httpx.TransportError:
@@ -280,7 +280,7 @@ class Supervisor:
         if self._reaper is None:
             return
         if self._end_with(self._reaper) != 0:
-            # Somebody ended the reaper. Another one must end the children, which are waited for without an end here.
+            # Somebody ended the reaper. Another one must end the children, because the wait below has no time limit.
             self._reaper, lines, self._told = self._new_reaper(), self._told, []
             for line in lines:
                 self._tell(line)
@@ -319,7 +319,7 @@ def supervise(processes: Sequence[Process], log_dir: str | None, startup_timeout
                 start_all(supervisor, processes, startup_timeout_s, console)
                 console.print(f"ready at {processes[-1].url}; logs in {supervisor.log_dir}; Ctrl-C ends it")
                 supervisor.watch()
-            except (ChildDied, StartTimeout, OSError) as error:  # the last where a log has no place
+            except (ChildDied, StartTimeout, OSError) as error:  # OSError: a log cannot be written
                 console.print(f"error: {error}", markup=False, style="red")
                 try:
                     console.print(f"all logs are in {supervisor.save_logs()}")

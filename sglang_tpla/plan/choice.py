@@ -49,7 +49,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one load; ``refused`` has the reason where the method is impossible, without figures."""
+    """One method at one load; ``refused`` is the reason where the method is impossible."""
 
     method: Method
     refused: str | None = None
@@ -124,7 +124,7 @@ def answer(setting: Setting, load: Load) -> Answer:
     for found in fastest[1:]:
         if found.layer_s < chosen.layer_s * (1 - setting.margin):
             base, chosen = chosen, found
-    # the rival is the method that the chosen one displaced, or the fastest of those that it was preferred to
+    # The rival is the method that the chosen one displaced, or the fastest of the others.
     others = [r for r in fastest if r is not chosen]
     rival = base if base is not chosen else min(others, key=lambda r: r.order, default=None)
     return Answer(load, rows, best.method, chosen.method, reasons(setting, load, rows, chosen, rival))
@@ -163,8 +163,8 @@ def reasons(setting: Setting, load: Load, rows: Sequence[Row], chosen: Row, riva
     """Return the reasons in plain words: the chosen method's strength, and the other methods' losses.
 
     Args:
-        rival: the method that the chosen one displaced; for an exact one, the fastest that is not exact. None where
-            there is no other.
+        rival: the method that the chosen one displaced; for an exact one, the fastest that is not exact. None if there
+            is no other method.
     """
     said: list[str] = []
     plain = next((r for r in rows if r.method.kind == "tp" and r.price), None)
@@ -233,7 +233,7 @@ def _why_not_sliced(sliced: Row, chosen: Row, setting: Setting) -> str:
 def overall(answers: Sequence[Answer]) -> Method | None:
     """Return the method that is, on average over several loads, least behind each load's recommended one.
 
-    It fits as many of the loads as one of the recommended can. The order of a row decides between equals.
+    That method fits as many of the loads as any recommended method does. The order of a row decides between equals.
     """
     able = [a for a in answers if a.recommended is not None]
     candidates = {a.recommended for a in able}

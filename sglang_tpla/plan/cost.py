@@ -1,13 +1,13 @@
 """One rank's work for one attention layer of one decode step, the seconds that it takes, and the memory beside it.
 
-Work is a list of kernels with their bytes and operations, and of collectives. Times are modelled from it without any
-overlap; `hardware` says which constants were measured.
+Work is a list of kernels with their bytes and operations, and of collectives. The time is modelled from this list
+without any overlap; `hardware` says which constants were measured.
 
 Methods (T ranks, g latent groups; docs/design.md):
 
     tp    H/T heads, the whole latent on every rank
-    tpla  H g/T heads, a slice of w values; with ``scatter`` the groups' head outputs are summed before ``o_proj``, of
-          which a rank then holds no g-fold share. g = 1 in sketched rows is plain MLA with an 8-bit cache
+    tpla  H g/T heads, a slice of w values; with ``scatter`` the groups' head outputs are summed before ``o_proj``, so
+          that a rank holds 1/g of its heads there. g = 1 in sketched rows is plain MLA with an 8-bit cache
     dcp   all H heads' queries gathered, 1/T of the tokens, outputs and log-sum-exps exchanged
     dp    whole requests: every head's weights, 1/T of the batch
 """
@@ -30,12 +30,12 @@ CACHE_DTYPES = ("bf16", "fp8")
 ROWS = ("sketched", "plain")  # TPLA's formats; calibrate makes the first by default
 WEIGHT_DTYPES = ("bf16", "fp8")
 WIDTH_STEP = 32
-# our kernel's products are most of the work of many heads at this width, and it divides wider rows between its
-# warpgroups in another way: each at a rate of its own
+# With many heads, products are most of our kernel's work at this width, and the kernel divides wider rows between its
+# warpgroups in another way. So each of the two has its own rate.
 FULL, WIDE, FULL_WIDTH = "hopper_256", "hopper_wide", 256
-TRITON_HEADS = 16  # of a block of SGLang's Triton kernel; each block reads the cache for itself
+TRITON_HEADS = 16  # heads of a block of SGLang's Triton kernel; each block reads the cache for itself
 _BF16_BYTES = 2
-LARGEST_LOAD = 10**12  # requests, or tokens of one: more is a slip of the hand, and no number of a float
+LARGEST_LOAD = 10**12  # requests, or tokens of one; a larger number is a typing mistake, and may not fit a float
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Piece:
 
     Args:
         one_request_bytes: the longest request's cache, for attention.
-        requests: what FlashInfer deals out over the multiprocessors; None for other kernels.
+        requests: the requests that FlashInfer deals out over the multiprocessors; None for other kernels.
     """
 
     name: str
@@ -185,8 +185,9 @@ class ServedRows:
     """The rows of a method on a GPU, and the kernel that reads them.
 
     Args:
-        width: columns attended to as values. query_columns: of a query's latent part. row_bytes: of a token and layer.
-        projected: columns to which a new token's latent is projected; 0 keeps it whole.
+        width: columns attended to as values. query_columns: columns of a query's latent part.
+        row_bytes: bytes of a token and layer.
+        projected: columns to which a new token's latent is projected; 0 keeps the latent whole.
     """
 
     width: int
@@ -227,7 +228,7 @@ def methods(
 
     Args:
         groups: values of g; by default every divisor of the ranks from 2 on.
-        shared_dims: r; by default what calibrate chooses.
+        shared_dims: r; by default the choice of calibrate.
         rows: formats of TPLA's cache to price.
     """
     quarter = model.latent_dim // 4
@@ -256,7 +257,7 @@ def methods(
 
 
 def whole_rows(model: PlanModel, precision: Precision, capability: tuple[int, int]) -> ServedRows:
-    """Return SGLang's own cache, read by its own kernels: FP8 on Hopper by Triton's, as FlashInfer's refuses it."""
+    """Return SGLang's own rows and kernel; on Hopper, Triton reads FP8 rows because FlashInfer refuses them."""
     kernel = "flashinfer_fa2"
     if capability == (9, 0):
         kernel = "triton_fp8" if precision.cache == "fp8" else "flashinfer_fa3"
@@ -264,7 +265,7 @@ def whole_rows(model: PlanModel, precision: Precision, capability: tuple[int, in
 
 
 def served_rows(model: PlanModel, method: Method, heads: int, capability: tuple[int, int]) -> ServedRows:
-    """Return TPLA's rows, of which plain slices are widened to the next width that a kernel on this GPU serves.
+    """Return TPLA's rows; plain slices are widened to the next width that a kernel on this GPU serves.
 
     Raises:
         BackendRefusal: no kernel reads such rows on this GPU. ConfigError: there are no such rows.
@@ -298,8 +299,9 @@ def _unread(rows: str, model: PlanModel, heads: int, capability: tuple[int, int]
 def rank_work(
     model: PlanModel, method: Method, load: Load, precision: Precision, capability: tuple[int, int]
 ) -> RankWork:
-    """Return the work of one layer of one decode step on the busiest rank; errors are those of `Layout` and
-    `served_rows`.
+    """Return the work of one layer of one decode step on the busiest rank.
+
+    The errors are those of `Layout` and of `served_rows`.
     """
     ranks, groups = method.ranks, method.groups
     heads = model.heads if method.kind == "dp" else Layout(ranks, groups, model.heads).local_heads
@@ -311,7 +313,7 @@ def rank_work(
     read_heads = model.heads if method.kind == "dcp" else heads
     context = math.ceil(load.context_tokens / (ranks if method.kind == "dcp" else 1))
     tokens = batch * context
-    rows = batch * load.verified  # of every product
+    rows = batch * load.verified  # rows of every product
     out_heads = heads // groups if method.scatter else heads
 
     def gemm(name: str, parameters: float, columns: float, kind: str = "gemm") -> Piece:
@@ -391,7 +393,7 @@ def small_launches(model: PlanModel, method: Method) -> int:
 def break_even_tokens(model: PlanModel, method: Method, precision: Precision, row_bytes: int) -> float:
     """Return the cached tokens (batch times context) above which rows of so many bytes save more than head weights add.
 
-    It counts bytes alone (docs/design.md): (g - 1) times a rank's ``q_b_proj`` and, unless ``scatter``,
+    Only bytes count here (docs/design.md): (g - 1) times a rank's ``q_b_proj`` and, unless ``scatter``,
     ``o_proj``, over the cache bytes saved a token.
     """
     heads = model.heads / method.ranks

@@ -1,7 +1,7 @@
-"""How FlashInfer's MLA kernel deals requests out over a GPU's multiprocessors, and what the busiest of them costs.
+"""A model of how FlashInfer's MLA kernel splits requests over a GPU's multiprocessors, and of the cost of the split.
 
-It answers to ``MLAPlan`` of ``flashinfer/attention/scheduler.cuh`` (0.6): a request is cut into chunks of at most
-``limit`` tokens, and each chunk goes to whichever cluster of blocks has least. ``limit`` is the even share rounded up,
+The model follows ``MLAPlan`` of ``flashinfer/attention/scheduler.cuh`` (0.6): a request is cut into chunks of at most
+``limit`` tokens, and each chunk goes to the cluster of blocks that has least. ``limit`` is the even share rounded up,
 so that 64 requests of one length divide well over 132 multiprocessors and 48 leave some with nearly twice their share.
 """
 
@@ -23,11 +23,11 @@ class Requests:
 
 @dataclass(frozen=True)
 class Uneven:
-    """The time of a call over that of one in which all multiprocessors that have work have the same, at least 1.
+    """The time of a call over the time with the same work on every busy multiprocessor, at least 1.
 
     Args:
-        products: of operations, which each multiprocessor does at its own pace. bytes: of reads, which become faster
-            for the others when some have ended.
+        products: for operations, which each multiprocessor does at its own pace.
+        bytes: for reads, which become faster for the others when some multiprocessors have ended.
     """
 
     products: float = 1.0
@@ -35,7 +35,7 @@ class Uneven:
 
 
 def chunk_limit(tokens: int) -> int:
-    """Return the most tokens of a chunk where a cluster's even share is so many."""
+    """Return the most tokens of a chunk where a cluster's even share is ``tokens``."""
     for share, limit in ((8, 32), (16, 64), (32, 128), (64, 192)):
         if tokens <= share:
             return limit
@@ -57,11 +57,11 @@ def cluster_tokens(requests: Requests, multiprocessors: int) -> list[int]:
 
 
 def uneven(requests: Requests, multiprocessors: int, alone: float) -> Uneven:
-    """Return what the split costs.
+    """Return the cost of the split.
 
     Args:
-        alone: how much faster than its even share of the memory's bandwidth one multiprocessor reads where few read.
-            Those that have nothing from the start count for none: what little such a load reads is overhead.
+        alone: bandwidth of one multiprocessor over its even share of the memory's bandwidth where few others read.
+            Multiprocessors without work do not count as ended readers: the time of so small a load is overhead.
     """
     if requests.number > MOST_REQUESTS:
         return Uneven()

@@ -1,15 +1,17 @@
 """GPUs and links: the speed of each kind of kernel, and the cost of a collective.
 
-A kernel takes ``overhead + max(bytes / bandwidth, operations / arithmetic rate)``. The H100's constants are fitted by
-``benchmarks/fit_plan.py`` to the kernels of a first run of ``benchmarks/decode_layer.py``; tests hold the planner's
-answers against a later run on another card, ``benchmarks/results/h100/decode_layer_2026-11-25.json``, from which come
+A kernel takes ``overhead + max(bytes / bandwidth, operations / arithmetic rate)``. ``benchmarks/fit_plan.py`` fits the
+H100's constants to the kernels of a first run of ``benchmarks/decode_layer.py``. Tests compare the planner's answers
+with a later run on another card, ``benchmarks/results/h100/decode_layer_2026-11-25.json``, which also gave the rates of
 the products of FlashInfer and of slices of width 256. Other GPUs are the H100 scaled by the ratio of their data sheets'
-bandwidth and bf16 rate. Measured on an H200 instead: attention on sketched rows, the products of slices of width 256
-and SGLang's FP8 cache under Triton. Tests compare the H200 with ``decode_kernel_apart_2026-11-25.json`` and with the
-steps of ``headline_*.json`` in ``benchmarks/results/h200``. Links are assumptions. Every answer says which is which.
+bandwidth and bf16 rate. Attention on sketched rows, the products of slices of width 256 and SGLang's FP8 cache under
+Triton were measured on an H200 instead. Tests compare the H200 with ``decode_kernel_apart_2026-11-25.json`` and with
+the steps of ``headline_*.json`` in ``benchmarks/results/h200``. Links are assumptions. Every answer says which figure
+comes from where.
 
-Products are as fast as on random data. Those steps had a cache of zeros, with which a GPU draws less power and may
-clock higher: probably for that, the planner's time of steps that products bound is up to 1.16 times the measured.
+The rates of products hold for random data. The steps of ``headline_*.json`` had a cache of zeros, with which a GPU
+draws less power and may clock higher. This is probably why the planner's time of steps that products bound is up to
+1.16 times the measured time.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any, TypeVar
 from sglang_tpla.plan.model import PlanError
 
 Entry = TypeVar("Entry")
-# bytes, rates, seconds: what is larger, and a rate that is smaller, is a slip of the hand, and would end as NaN
+# A larger number of bytes, rate or time, or a smaller rate, is a typing mistake, and would end as NaN.
 LARGEST, SMALLEST = 1e30, 1e-30
 
 
@@ -60,7 +62,7 @@ class Gpu:
 
     Args:
         memory_bytes: the device's memory. capability: CUDA compute capability, which decides the kernels.
-        multiprocessors: over which FlashInfer deals out requests.
+        multiprocessors: their number; FlashInfer deals out requests over them.
         sheet_bytes_per_s, sheet_flops_per_s: from the data sheet, dense bf16.
         rates: by kind of kernel, see `cost`.
         measured, from_data_sheets, assumed: sources of the rates, for people.
@@ -143,8 +145,8 @@ class Link:
         return self.latency_s + passes * size_bytes * (ranks - 1) / ranks / self.bytes_per_s
 
 
-# of the memory's bandwidth, over an even share: what a multiprocessor reads where few of them still read, by plain TP's
-# steps of 48 and 56 requests of 32,768 tokens on an H200
+# The bandwidth of a multiprocessor over its even share of the memory's, where few multiprocessors still read; from
+# plain TP's steps of 48 and 56 requests of 32,768 tokens on an H200.
 LONE_SHARE = 1.3
 _RUN = "benchmarks/results/h100/decode_layer_2026-11-25.json"
 H100 = Gpu(
@@ -231,7 +233,7 @@ def find(flag: str, table: Mapping[str, Entry], name: str, numbers: str) -> Entr
     """Return a GPU or a link by name.
 
     Args:
-        flag: the flag that names it. numbers: those that describe another one.
+        flag: the flag that names it. numbers: the flags that describe another one.
 
     Raises:
         PlanError: the table has none of that name.

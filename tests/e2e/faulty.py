@@ -1,8 +1,8 @@
-"""A prefill and two decode servers with a bad network between them, and what must hold after a fault.
+"""A prefill and two decode servers with a bad network between them, and the checks after a fault.
 
 Prefill and the first decode server have two ranks each; the second decode server has one rank and plain MLA (g = 1).
-All that passes between them goes through proxies: the connections of each prefill rank, and the bootstrap server. The
-system has no shared memory for the prefill server.
+All traffic between them goes through proxies: the connections of each prefill rank, and the bootstrap server. The
+system refuses shared memory to the prefill server.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ TRANSFER = ("--tpla-peer-timeout-s", str(PEER_TIMEOUT_S), "--tpla-transfer-timeo
             "--tpla-chunk-bytes", "65536", "--enable-metrics")  # fmt: skip
 FAULTS = (*Spoiler.KINDS, "half-open", "cut")
 HARMLESS = ("delay", "throttle", "cut")  # these must not fail a request
-MOST_CUTS = 40  # one after the other: a machine that is too slow for a chunk between two gets on after these
+MOST_CUTS = 40  # in a row; a machine that is too slow for a chunk between two cuts goes on after these
 SPOILED = 0.004  # of the pieces of 4,096 bytes: about every fifth chunk
-# some 400 to 1,050 tokens each: several chunks of 64 KiB, no common prefix
+# Prompts of some 400 to 1,050 tokens each: several chunks of 64 KiB, no common prefix.
 PROMPTS = [source(seed=50 + n, characters=c) for n, c in enumerate((1200, 3500, 2500))]
 TOKENS = 8
-SLOW = 3e5  # bytes a second: no long prompt is there before what is done to it
-POOL_TOKENS = 4000  # of a decode server: the next request gets the pages of the one before
+SLOW = 3e5  # bytes a second: no long prompt arrives before its test acts on it
+POOL_TOKENS = 4000  # of a decode server, so that the next request gets the pages of the one before
 SERIES_FILE = re.compile(r"/(gauge|counter|histogram|summary)\w*\.db$")
 GROWTH_BYTES = 256 << 20  # of a process, over all the faults of a test
 Kinds = collections.Counter[str]
@@ -62,7 +62,7 @@ def threads(pid: int) -> Kinds:
 
 
 def handles(pid: int, but_to: Collection[int] = ()) -> Kinds:
-    """Return open files and connections, but for some ports and the files of prometheus_client's first use."""
+    """Return open files and connections, except of some ports and of the files of prometheus_client's first use."""
     kinds = Kinds()
     connections = psutil.Process(pid).net_connections(kind="tcp")
     ends = {
@@ -78,7 +78,7 @@ def handles(pid: int, but_to: Collection[int] = ()) -> Kinds:
 
 
 def growth(before: Held, after: Held) -> list[str]:
-    """Return what processes that lived through a fault hold more than before."""
+    """Return the resources that processes which survived a fault hold beyond those of before."""
     found = []
     for pid in before.keys() & after.keys():
         for what, old, new in zip(("threads", "handles"), before[pid], after[pid], strict=False):
@@ -115,7 +115,7 @@ def until_in_flight(
     The network has to be slow enough that no room can end between two looks at it.
 
     Args:
-        arrived: if given, the chunks that had come before ``call`` was made: another must have come since.
+        arrived: if given, the number of chunks before ``call`` was made; another chunk must have come since.
 
     """
     deadline = time.monotonic() + 120
@@ -163,7 +163,7 @@ class Faulty:
                            str(ports[1]), "--chunked-prefill-size", "128", "--tp", "2", *TRANSFER,
                            "--tpla-listen-port", str(listen), "--tpla-advertise", f"127.0.0.1:{shown}",
                            *prefill_arguments)  # fmt: skip
-        prefill.largest_file_bytes = 128 << 20  # less than a segment: all it sends goes through the proxies
+        prefill.largest_file_bytes = 128 << 20  # less than a segment, so that everything goes through the proxies
         pool = ("--max-total-tokens", str(POOL_TOKENS))
         decode = launcher("decode", model, ports[2], logs / "faulty-decode.log", "--tp", "2", "--tpla-groups", "2",
                           "--tpla-artifact", artifact, *TRANSFER, *pool)  # fmt: skip
@@ -264,7 +264,7 @@ class Faulty:
 
     @contextlib.contextmanager
     def network_gone(self) -> Iterator[None]:
-        """Keep connections open and let nothing through; at the end they work again."""
+        """Keep connections open and let nothing through; at the end the connections work again."""
         for proxy in self.proxies:
             proxy.flowing.clear()
         try:
@@ -274,7 +274,7 @@ class Faulty:
                 proxy.flowing.set()
 
     def check(self, answers: Sequence[Answer], fault: str) -> int:
-        """Check that every answer is right or says why there is none. Return how many are right."""
+        """Check that every answer is right or gives a reason for its failure, and return the number of right ones."""
         for answer, expected in zip(answers, self.expected[self.decode.name], strict=True):
             if fault in HARMLESS:
                 assert not answer.failure, (fault, answer)
@@ -298,7 +298,7 @@ class Faulty:
 
     @staticmethod
     def _all_ranks_at_rest(server: Server) -> None:
-        """Check by the series, which are a second old at most, that every rank is at rest, and not the first alone."""
+        """Check by the series, which are a second old at most, that every rank is at rest, not only the first."""
         deadline = time.monotonic() + 20
         while True:
             now = series(server)

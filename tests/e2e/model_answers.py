@@ -1,4 +1,4 @@
-"""Log-probabilities of greedy answers: as servers said them, and as the plain PyTorch model has them."""
+"""Log-probabilities of greedy answers, from servers and from the plain PyTorch model."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -48,7 +48,7 @@ OPENAI = (
     "return_cached_tokens_details", "return_meta_info", "return_prompt_token_ids", "return_token_ids",
     "return_routed_experts", "routed_experts_start_len", "stream_reasoning", "task",
 )  # fmt: skip
-# Values that are nearly right reach further than those of another type.
+# Nearly right values get further into a server than values of another type.
 NEARLY: dict[str, list[Any]] = {
     "text": ["x = 1\n", ["x = 1\n", "y"], ["x", ""], ["x", None], [[]], "\x00"],
     "input_ids": [[1, 2], [[1, 2], [3]], [[1], []], [1, 4095], [1, 4096], [2**40], [-1], [[1], 2], [True], [[[1]]]],
@@ -84,7 +84,7 @@ NEARLY: dict[str, list[Any]] = {
     "kv_hints": [{}, {"protocol_version": "1", "message_id": "a", "actions": [{}]}], "cache_salt": ["a"],
 }  # fmt: skip
 LENGTHS = [0, -1, 2, 1.5, "5", [], [2], {}, True, 2**31, 2**63, 2**64]
-# Any other value of these is served: a length takes its time, and a place may be somebody's.
+# Any other value of these fields would be served: a length takes its time, and a place may be another request's.
 ONLY: dict[str, list[Any]] = {
     "max_new_tokens": LENGTHS, "max_tokens": LENGTHS, "max_completion_tokens": LENGTHS,
     "bootstrap_host": [None, 5, True, "", " ", "a/b", "http://x", "x:8998", "[::1", "x" * 300, "\x00", "2.2.2.2", [],

@@ -24,13 +24,13 @@ import psutil
 from tests.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
-START_S = float(os.environ.get("TEST_START_S", "300"))  # more on a machine that does other things as well
-# what every CPU server of these tests shares; float32 makes greedy answers reproducible
+START_S = float(os.environ.get("TEST_START_S", "300"))  # raise it on a busy machine
+# Flags of every CPU server of these tests; float32 makes greedy answers reproducible.
 COMMON = ("--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--max-total-tokens", "20000")
 
 
 class ServerFailed(AssertionError):
-    """A server that ended or did not come up; carries the end of its log."""
+    """A server that ended or did not come up; the message carries the end of its log."""
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Server:
         return "\n".join(line[:400] for line in text[-lines:] if "server_args=" not in line)
 
     def wait(self, timeout_s: float = START_S) -> Server:
-        """Wait until the server is healthy, a router until it knows its workers; show the log's end if it never is."""
+        """Wait until the server is healthy, or the router knows its workers; show the end of the log on failure."""
         assert self.process is not None
         path = "/readiness" if self.name == "router" else "/health"
         deadline = time.monotonic() + timeout_s
@@ -114,7 +114,7 @@ class Server:
         self.process.wait(20)
 
     def stop(self) -> None:
-        """End the server, however far it came. SIGKILL ends it, because after SIGTERM SGLang waits for 15 s."""
+        """End the server with SIGKILL, however far its start came, because SGLang waits 15 s after SIGTERM."""
         if self.process is not None:
             self.kill()
 
@@ -186,7 +186,7 @@ def router(port: int, log: Path, prefill: str, bootstrap: int, decode: str, *arg
 
 @dataclass
 class Pair:
-    """A prefill and a decode server addressed without a router, as the router itself does it."""
+    """A prefill and a decode server, addressed as the router would address them."""
 
     prefill: Server
     bootstrap: int
@@ -222,7 +222,7 @@ def transfer_lines(server: Server) -> list[dict[str, Any]]:
 
 
 def idle(server: Server) -> dict[str, Any]:
-    """Return what the server still holds, with the agent's rooms and staging."""
+    """Return the resources that the server still holds, with the agent's rooms and staging."""
     state = server.get("/server_info")["internal_states"][0]
     (agent,) = state["tpla_transfer"]
     held = {k: v for k, v in state["tpla_scheduler"].items() if k != "cached_tokens"}
@@ -230,7 +230,7 @@ def idle(server: Server) -> dict[str, Any]:
 
 
 def wait_idle(*servers: Server, timeout_s: float = 60) -> None:
-    """Wait until queues, rooms, staging and cache slots are at zero; fail with what is left if they never are."""
+    """Wait until queues, rooms, staging and cache slots are at zero; on failure, show those that are not."""
     deadline = time.monotonic() + timeout_s
     while any(any(idle(server).values()) for server in servers):
         assert time.monotonic() < deadline, [(server.name, idle(server)) for server in servers]

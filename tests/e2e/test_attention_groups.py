@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
     reason="attention groups need a GPU beside this SGLang release; test_compat holds the refusal",
 )
 TOKENS = 12
-# 0.5.23 has a flag of its own, and warns of the older pair
+# SGLang 0.5.23 has one flag for attention groups, and warns of the older pair.
 GROUPS = ("--attn-dp-size", "2") if ledger.host_version() == "0.5.23" else ("--dp-size", "2", "--enable-dp-attention")
 
 
@@ -53,7 +53,7 @@ def test_answers_follow_the_formula_in_both_attention_groups(
 
 
 def test_the_router_finds_the_group_of_each_request(trio: Any, decode: Server, logs: Path) -> None:
-    """Requests at once, through the router, answer as they do through the trio's decode server of one group."""
+    """Concurrent requests through the router get the answers of the trio's decode server, which has one group."""
     front = router(free_ports(1)[0], logs / "router-attention-groups.log", trio.prefill.url, trio.bootstrap, decode.url)
     prompts = short_prompts(4, seed=9)
     with running(front), concurrent.futures.ThreadPoolExecutor(4) as pool:

@@ -17,7 +17,7 @@ LAYERS, HIDDEN, HEADS, D, ROPE, NOPE, V = 2, 128, 4, 512, 64, 32, 32
 
 @pytest.fixture(scope="module")
 def wide_model(tmp_path_factory: pytest.TempPathFactory, nano_mla: str) -> Path:
-    """Random weights, two dense layers, a latent of 512 + 64."""
+    """A model with random weights, two dense layers and a latent of 512 + 64."""
     folder = tmp_path_factory.mktemp("wide")
     config = json.loads((Path(nano_mla) / "config.json").read_text())
     config |= {
@@ -51,7 +51,7 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory, nano_mla: str) -> Path:
 
 @pytest.fixture(scope="module")
 def wide_artifact(wide_model: Path) -> Path:
-    """Identity, two groups of 256."""
+    """An artifact of the identity, with two groups of 256."""
     eye = torch.eye(D)
     maps = [[(eye[:, h], eye[h], eye[h]) for h in (slice(0, 256), slice(256, 512))] for _ in range(LAYERS)]
     config = json.loads((wide_model / "config.json").read_text())
@@ -66,7 +66,7 @@ def wide_artifact(wide_model: Path) -> Path:
 
 
 def capacity(name: str, model: Path, log: Path, *args: str) -> tuple[int, int]:
-    """Return the tokens that a decode server says it holds, and its cache bytes a token on one rank."""
+    """Return the number of tokens that a decode server reports to hold, and its cache bytes a token on one rank."""
     port = free_ports(1)[0]
     common = [arg for arg in COMMON if arg not in ("--max-total-tokens", "20000")]
     command = ("-m", "sglang_tpla.launch", "--role", "decode", "--model-path", str(model), *common, "--tp", "2",
@@ -83,5 +83,5 @@ def test_tokens_for_the_same_memory(wide_model: Path, wide_artifact: Path, logs:
         "g2", wide_model, logs / "wide-g2.log", "--tpla-groups", "2", "--tpla-artifact", str(wide_artifact)
     )
     assert whole_bytes / half_bytes == pytest.approx(1.8)
-    # a rank has 4 GiB for everything; what the process itself takes moves a little between two starts
+    # A rank has 4 GiB for everything; the memory of the process itself varies a little from start to start.
     assert half / whole == pytest.approx(1.8, rel=0.03)

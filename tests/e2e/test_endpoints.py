@@ -1,6 +1,6 @@
 """``python -m sglang_tpla.evaluate --stock-url --tpla-url`` against a stock server and a TPLA deployment's router.
 
-What it reports is compared with the plain PyTorch model on the same text: exact and through the slices.
+The tests compare its report with the plain PyTorch model on the same text: exact and through the slices.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ PROMPTS, NEW_TOKENS = 4, 24
 
 
 def expected_kl(reference: Server, artifact: Artifact, model_path: str) -> tuple[list[float], list[int]]:
-    """Return the KL at every compared token of the stock server's greedy answers, and where TPLA would part."""
+    """Return the KL at every compared token of stock greedy answers, and how many tokens of each TPLA would repeat."""
     model = PlainModel(model_path)
     maps = model_maps(artifact, model)
     _, held_out = Corpus.from_paths().split(0)
@@ -56,7 +56,7 @@ def test_two_live_deployments(reference: Server, trio: Any, nano_mla: str, nano_
     kl, agreed = expected_kl(reference, Artifact.load(nano_artifact), nano_mla)
     assert said["agreement_tokens"] == agreed
     assert said["tokens_compared"] == len(kl)
-    # twenty tokens and one outcome for the rest see at most the whole divergence, and most of it
+    # Twenty tokens, and one outcome for all others, show most of the divergence and never more than all of it.
     mean = sum(kl) / len(kl)
     assert 0.5 * mean <= said["kl_mean"] <= mean + 1e-4
     assert mean > 1e-4  # the slices differ at all

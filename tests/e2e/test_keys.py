@@ -18,7 +18,7 @@ PROMPT = "def fibonacci(n):\n"
 
 
 def own_address() -> str:
-    """Return an IPv4 address of this machine that is not loopback; loopback, where it has no other."""
+    """Return an IPv4 address of this machine other than loopback, or loopback where there is no other."""
     found = [
         address.address
         for addresses in psutil.net_if_addrs().values()
@@ -30,7 +30,7 @@ def own_address() -> str:
 
 @dataclass
 class Deployment:
-    """A prefill server that may use no shared memory, a decode server that has its keys, and one that has others."""
+    """A prefill server without shared memory, a decode server with the same keys, and one with other keys."""
 
     prefill: Server
     decode: Server
@@ -70,7 +70,7 @@ def test_answers_come_through_sealed_channels(keyed: Deployment, reference: Serv
 
 @pytest.mark.slow
 def test_a_decode_server_with_other_keys_is_refused(keyed: Deployment) -> None:
-    """The server's request ends with a reason on both sides; the others go on."""
+    """The stranger's request ends with a reason on both sides; the other servers go on."""
     body = request_body(PROMPT, TOKENS)
     body |= {"bootstrap_host": keyed.address, "bootstrap_port": keyed.bootstrap, "bootstrap_room": 77}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:

@@ -1,7 +1,7 @@
 """Every served family by a small random checkpoint, through real servers, against the plain model.
 
-The maps lose nothing: both groups keep the whole latent and each gives half of the values. So every hook of the layer
-runs, with two ranks that hold all heads, and the answer is that of plain MLA. Wrapped models answer text: their
+The maps lose nothing: both groups keep the whole latent, and each gives half of the values. So every hook of the layer
+runs on two ranks that hold all heads, and the answer is that of plain MLA. Wrapped models answer text prompts: their
 language model goes through the same hooks.
 """
 
@@ -22,8 +22,8 @@ from tests.ports import free_ports
 from tests.random_checkpoint import CONFIGS, WRAPPERS, random_checkpoint
 
 TOKENS = 8
-# The shipped checkpoint is of DeepSeek V3's kind, as most of these are. Kimi-VL takes two minutes, and the encoder of
-# DeepSeek-VL2 has one size alone, 1.6 GB.
+# Most of these are of DeepSeek V3's kind, like the shipped checkpoint. Kimi-VL takes two minutes, and the encoder of
+# DeepSeek-VL2 has only one size, 1.6 GB.
 SLOW = ("kimi-k2", "kimi-k2.5", "kimi-vl", "moonlight", "deepseek-v2.5", "deepseek-v3", "deepseek-vl2")
 
 
@@ -73,5 +73,5 @@ def test_a_family_is_served(family: str, nano_mla: str, tmp_path: Path, monkeypa
     (written,) = (tmp_path / "statistics").iterdir()
     seen = Statistics.load(written)
     assert len(seen.layers) == 3 and all(layer.latent_count >= 20 for layer in seen.layers)
-    config = Checkpoint(folder).config  # what `calibrate --from-stats` asks of them
+    config = Checkpoint(folder).config  # `calibrate --from-stats` compares these hashes
     assert (seen.meta.config_hash, seen.meta.weights_hash) == (config_hash(config), weights_hash(folder))

@@ -23,7 +23,7 @@ def top_logprobs(answer: dict[str, Any]) -> list[dict[int, float]]:
 
 @pytest.fixture(scope="session")
 def expected(reference: Server) -> list[dict[str, Any]]:
-    """Stock SGLang's answers, all prompts in one batch."""
+    """The answers of stock SGLang, with all prompts in one batch."""
     return reference.generate(short_prompts(PROMPTS), TOKENS, **LOGPROBS)  # type: ignore[arg-type,return-value]
 
 
@@ -47,7 +47,7 @@ def test_one_group_gives_stock_tokens_and_logprobs(
         for step, (left, right) in enumerate(zip(top_logprobs(stock), top_logprobs(ours), strict=True)):
             for token in left.keys() & right.keys():
                 assert left[token] == pytest.approx(right[token], abs=1e-4), f"prompt {number}, step {step}"
-            # a tie at the end
+            # The last of the top tokens may be tied with one outside.
             assert len(left.keys() & right.keys()) >= len(left) - 1, f"prompt {number}, step {step}"
 
 
@@ -61,9 +61,9 @@ def test_prefill_is_stock_to_the_last_bit(trio: Any, reference: Server, characte
     if stock["meta_info"]["prompt_tokens"] <= 512:  # one chunk: the CPU platform's prefill is stock's own
         assert first["meta_info"]["output_top_logprobs"][0] == stock["meta_info"]["output_top_logprobs"][0]
         assert first["meta_info"]["output_token_logprobs"] == stock["meta_info"]["output_token_logprobs"]
-    else:  # later chunks attend without stock's padding, in another order of sums
+    else:  # later chunks attend without stock's padding, which changes the order of sums
         ours, theirs = top_logprobs(first)[0], top_logprobs(stock)[0]
         assert ours.keys() == theirs.keys()
         assert all(ours[token] == pytest.approx(theirs[token], abs=2e-5) for token in ours)
-    # and what travelled in the metadata row is the same again
+    # The values in the metadata row are the same again.
     assert decoded["meta_info"]["output_token_logprobs"][0][:2] == first["meta_info"]["output_token_logprobs"][0][:2]

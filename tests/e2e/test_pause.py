@@ -1,4 +1,4 @@
-"""A decode server that ``pause_generation`` takes all requests back from, whose answers prefill then computes anew."""
+"""``pause_generation`` takes all requests back from a decode server, and prefill then computes their answers anew."""
 
 import concurrent.futures
 import time
@@ -11,7 +11,7 @@ from tests.e2e.servers import Pair, idle, launcher, running, wait_idle
 from tests.ports import free_ports
 
 PROMPT = [7 * i % 900 + 5 for i in range(300)]
-TOKENS, CACHE = 700, 1600  # twice the answer and the prompt are more than the cache
+TOKENS, CACHE = 700, 1600  # the prompt and twice the answer exceed the cache
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What cannot work is refused at start, by the real command, with one clear message and a failing exit code."""
+"""The real command refuses settings that cannot work, at start, with one clear message and a failing exit code."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from tests.e2e.servers import COMMON, ROOT
 
 
 def refused(*args: str, said: tuple[str, ...]) -> None:
-    """Run the launcher until it refuses, and look for its words, which no traceback may hide."""
+    """Run the launcher until it refuses, and check that its output has the words and no traceback."""
     done = subprocess.run(
         [sys.executable, "-m", "sglang_tpla.launch", *args],
         capture_output=True, text=True, timeout=240, cwd=ROOT,
@@ -31,7 +31,7 @@ def prefill(model: str, *args: str) -> tuple[str, ...]:
 
 
 def other_model(folder: Path, nano_mla: str, **changes: object) -> str:
-    """Copy the checkpoint with a config that says something else."""
+    """Copy the checkpoint with a changed config."""
     shutil.copytree(nano_mla, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").chmod(0o644)
@@ -40,7 +40,7 @@ def other_model(folder: Path, nano_mla: str, **changes: object) -> str:
 
 
 def test_flags(nano_mla: str, nano_artifact: str) -> None:
-    """Every flag that has to go is named at once, with its reason."""
+    """The message names every flag to drop at once, with its reason."""
     wrong = (
         "--dcp-size", "2", "--enable-hierarchical-cache", "--page-size", "16", "--speculative-algorithm", "NGRAM",
         "--tokenizer-worker-num", "2", "--grpc-mode", "--kv-cache-dtype", "fp8_e4m3",
@@ -93,7 +93,7 @@ def test_damaged_artifact(tmp_path: Path, nano_mla: str, nano_artifact: str) -> 
 
 
 def test_a_bootstrap_port_that_another_server_has(nano_mla: str) -> None:
-    """The server would be healthy, and its ranks would take the place of the other server's."""
+    """A server on that port would look healthy, and its ranks would take the place of the other server's."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         refused(
@@ -114,7 +114,7 @@ def test_models_that_are_not_served_are_refused_by_name(tmp_path: Path, nano_mla
 
 
 def test_mistral_large_3_by_its_own_format(tmp_path: Path, nano_mla: str) -> None:
-    """SGLang reads ``params.json`` for such a name, so that only then the architecture is known."""
+    """SGLang reads ``params.json`` for such a name, so the architecture is known only then."""
     model = Path(other_model(tmp_path / "Mistral-Large-3-tiny", nano_mla))
     params = {
         "dim": 256, "n_layers": 4, "head_dim": 64, "hidden_dim": 512, "n_heads": 8, "n_kv_heads": 8, "norm_eps": 1e-6,

@@ -1,4 +1,4 @@
-"""Requests that cannot be served get one 4xx at once, and nobody else notices; those that can be are."""
+"""Requests that cannot be served get one 4xx at once, and nobody else notices; all others are served."""
 
 import concurrent.futures
 import itertools
@@ -24,7 +24,7 @@ PROMPT = "x = 1\n"
 TOKENS = 6
 COMPLETION = {"model": "m", "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 16, "temperature": 0}
-DEADLINE_S = 60.0  # half of the transfers' own: a request that waits for it hangs
+DEADLINE_S = 60.0  # half of the transfers' deadline: a request that waits for that one hangs
 EXAMPLES = int(os.environ.get("TEST_ODD_REQUESTS", "50"))
 rooms = itertools.count(700_000_000, 1000)
 
@@ -34,7 +34,7 @@ def place(trio: Any, **changes: Any) -> dict[str, Any]:
 
 
 def ask_both(trio: Any, path: str, body: dict[str, Any]) -> list[httpx.Response]:
-    """Send the same body to prefill and decode, as a router would. Return their answers, which must come in time."""
+    """Send the same body to prefill and decode, as a router would, and return their answers, which must be in time."""
     content = json.dumps(body).encode()
 
     def ask(server: Server) -> httpx.Response:
@@ -46,14 +46,14 @@ def ask_both(trio: Any, path: str, body: dict[str, Any]) -> list[httpx.Response]
 
 
 def plain(trio: Any) -> list[int]:
-    """The answer that anyone gets."""
+    """Return the answer to a plain request, which must always be the same."""
     said = trio.router.generate(PROMPT, TOKENS, DEADLINE_S)
     return list(said["output_ids"])
 
 
 @contextmanager
 def neighbour(trio: Any) -> Iterator[None]:
-    """Ask all the time, and check that the answer is the same all the time."""
+    """Send a request again and again, and check that its answer stays the same."""
     expected, over, wrong, asked = plain(trio), threading.Event(), list[str](), itertools.count()
 
     def ask() -> None:
@@ -83,7 +83,7 @@ def texts(response: httpx.Response) -> list[str]:
 
 
 def test_parallel_samples_are_served(trio: Any) -> None:
-    """All greedy samples are the one answer, and each came through a room of its own."""
+    """All greedy samples equal the plain answer, and each came through its own room."""
     one = texts(trio.router.post("/v1/completions", COMPLETION))
     (chat,) = texts(trio.router.post("/v1/chat/completions", CHAT))
     for n in (2, 3):
@@ -150,7 +150,7 @@ REFUSED: list[dict[str, Any]] = [
 
 
 def test_refusals_through_the_router_are_client_errors(trio: Any) -> None:
-    """No answer is 500, after which the router would try again until its circuit breakers close the service."""
+    """No answer is 500, which the router would retry until its circuit breakers close the service."""
     with neighbour(trio):
         for changes in REFUSED:
             body = {"sampling_params": {"max_new_tokens": 2}} | changes
@@ -243,7 +243,7 @@ def test_what_would_end_a_server_once_it_is_let_in(trio: Any, changes: dict[str,
 
 
 def test_a_time_of_arrival_that_is_no_number(trio: Any) -> None:
-    """This endpoint of SGLang's reads no types."""
+    """This endpoint of SGLang checks no types."""
     parameters = {"sampling_params": {"max_new_tokens": 2}, "received_time": "x", **place(trio)}
     answers = ask_both(trio, "/vertex_generate", {"instances": [{"text": PROMPT}], "parameters": parameters})
     assert [a.status_code for a in answers] == [400, 400], [a.text[:300] for a in answers]
@@ -264,7 +264,7 @@ def test_the_spelling_of_a_host_does_not_matter(trio: Any) -> None:
 def test_a_room_with_two_prompts_is_never_answered_from_the_other_ones_cache(
     trio: Any, length: int, statuses: list[int], said: str
 ) -> None:
-    """Two clients chose it, or the servers' tokenizers differ: decode refuses, and prefill where lengths differ."""
+    """Two clients chose one room, or tokenizers differ: decode refuses, and so does prefill where lengths differ."""
     body = place(trio)
     prompts = [list(range(40, 60)), list(range(50, 50 + length))]
 
@@ -289,7 +289,7 @@ def test_a_room_with_two_prompts_is_never_answered_from_the_other_ones_cache(
 def test_a_bootstrap_server_that_is_not_found_is_named_to_the_client(
     trio: Any, place_there: dict[str, Any], said: str
 ) -> None:
-    """Each decode rank finds the reason at a time of its own, and the one that answers the client must know it."""
+    """Decode ranks find the reason at different times, and the rank that answers the client must know the reason."""
     for _ in range(3):
         body = request_body(PROMPT, 2) | place(trio, **place_there)
         answer = client.post(trio.decode.url + "/generate", json=body, timeout=10)

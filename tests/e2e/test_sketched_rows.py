@@ -1,6 +1,6 @@
 """Decode servers with sketched rows against the plain PyTorch model token by token, their bytes, prefixes and aborts.
 
-All stand behind the shared prefill server, whose own cache is float32.
+All decode servers use the shared prefill server, whose own cache is float32.
 """
 
 import contextlib
@@ -27,14 +27,14 @@ from tests.e2e.servers import Pair, Server, launcher, request_body, running, tra
 from tests.ports import free_ports
 
 LAYERS, LATENT, ROPE = 4, 128, 32
-# A value that lies between two codes may be rounded to either, and the rows of all later layers then differ a little:
-# most tokens are within NEAR, and the rest is small beside what rounding itself does.
+# A value between two codes may be rounded to either, and the rows of all later layers then differ a little. Most tokens
+# are within NEAR, and the others differ little compared with the effect of rounding itself.
 NEAR, OUTLIERS, BESIDE = 5e-3, 0.05, 0.25
 
 
 @contextlib.contextmanager
 def decode_server(model: str, log: Path, *flags: str) -> Iterator[Server]:
-    """Start a decode server that keeps the caches of ended requests for those that begin alike."""
+    """Start a decode server that keeps the caches of ended requests for later requests with the same prefix."""
     port = free_ports(1)[0]
     server = launcher("decode", model, port, log, "--disaggregation-decode-enable-radix-cache", *flags)
     with running(server):
@@ -49,7 +49,7 @@ def whole_latent(model: PlainModel) -> list[LayerMaps]:
 
 
 def follow_the_model(pair: Pair, model: PlainModel, maps: Sequence[LayerMaps]) -> None:
-    """Check that every greedy token's logprob, as the server said it, is the plain model's with rows rounded alike."""
+    """Check that the server's logprob of every greedy token is that of the plain model with rows rounded alike."""
     tokenizer = Tokenizer.from_file(f"{model.checkpoint.path}/tokenizer.json")
     apart, rounding = [], []
     for prompt in short_prompts(8, seed=3):
@@ -66,7 +66,7 @@ def check(trio: Any, decode: Server, room: int, model: PlainModel, maps: Sequenc
     """Check parity, the bytes of every transfer, a cached prefix, an abort, and an idle server at the end.
 
     Args:
-        wire_bytes: of a token, all layers and ranks.
+        wire_bytes: bytes of a token, over all layers and ranks.
     """
     pair = Pair(trio.prefill, trio.bootstrap, decode, next_room=room)
     follow_the_model(pair, model, maps)
@@ -77,7 +77,7 @@ def check(trio: Any, decode: Server, room: int, model: PlainModel, maps: Sequenc
     assert again["output_ids"] == first["output_ids"]
     moved = [line for line in transfer_lines(trio.prefill) if room <= line["room"] < room + 500]
     assert len(moved) == 10 and all(line["bytes"] == line["tokens"] * wire_bytes for line in moved)
-    assert moved[-2]["tokens"] == len(prompt) and moved[-1]["tokens"] <= 1  # the prefix was there
+    assert moved[-2]["tokens"] == len(prompt) and moved[-1]["tokens"] <= 1  # the prefix was cached
     body = request_body(prompt[::-1], 2000, stream=True)
     body |= {"bootstrap_host": "127.0.0.1", "bootstrap_port": pair.bootstrap, "bootstrap_room": room + 500}
     with contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Speculative decoding through real servers: every greedy token is the one that the same layout says without it.
+"""Speculative decoding through real servers: every greedy token is the same as without speculation in that layout.
 
 The draft is a copy of the target's last layer: right now and then, and wrong often enough that guesses are dropped.
 """
@@ -30,7 +30,7 @@ COMMON = ("--skip-server-warmup", "--max-running-requests", "8")
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint with the layer that guesses, and the prefill servers of it: server and bootstrap port."""
+    """A checkpoint with a NextN layer, and its prefill servers with their bootstrap ports."""
 
     path: Path
     folder: Path
@@ -73,7 +73,7 @@ def servers(
     rows = request.param
     maps = {"plain": nano_artifact, "sketched": sketched_artifact}[rows]
     artifact = artifact_for(model.path, maps, model.folder / f"{rows}-g2.safetensors")
-    # Each kind of rows with one way of keeping the output projection.
+    # Each kind of rows is tested with one way of holding the output projection.
     heads = {"plain": "replicate", "sketched": "scatter"}[rows]
     layout = ("--tp", "2", "--tpla-groups", "2", "--tpla-artifact", str(artifact), "--tpla-o-proj", heads)
     with contextlib.ExitStack() as stack:
@@ -98,7 +98,7 @@ plain_rows = pytest.mark.parametrize("servers", ["plain"], indirect=True)
 def prompts(nano_mla: str) -> list[list[int]]:
     tokenizer = Tokenizer.from_file(f"{nano_mla}/tokenizer.json")
     texts = short_prompts(4, seed=5)
-    # One token over and over is what the draft guesses right.
+    # The draft guesses right where one token repeats over and over.
     return [*(tokenizer.encode(text).ids for text in texts), tokenizer.encode("    pass\n").ids * 30]
 
 
@@ -111,10 +111,10 @@ def until_running(decode: Server, call: concurrent.futures.Future[Answer]) -> No
 def test_greedy_answers_are_those_without_speculation(servers: Servers, prompts: list[list[int]]) -> None:
     """Tokens and their log-probabilities agree, one request at a time and all at once.
 
-    Several tokens at once add up in another order. In sketched rows an 8-bit code, or a value of the rotary key in
-    bfloat16, then falls to its other side now and then: in the reference model, rows that differ by a millionth before
-    rounding give a mean of 3e-4 and single differences up to 9e-3. Rows that were not rounded at all would give a mean
-    of 9e-3.
+    A step over several tokens sums in another order. In sketched rows an 8-bit code, or a value of the rotary key in
+    bfloat16, is then rounded the other way now and then: in the reference model, rows that differ by a millionth before
+    rounding give a mean difference of 3e-4 and single differences up to 9e-3. Rows that were not rounded at all would
+    give a mean of 9e-3.
     """
     far, mean = {"plain": (1e-4, 1e-5), "sketched": (2e-2, 1e-3)}[servers.rows]
     told = {"return_logprob": True, "top_logprobs_num": 2}
@@ -157,7 +157,7 @@ def test_sampling_streaming_and_aborts(servers: Servers, prompts: list[list[int]
     right = servers.plain.generate(prompts[0], TOKENS, **named)[1]
     mixed = [sampling | {"temperature": value} for value in (0, 1.0, 0, 1.0)]
     answers = pair.generate([prompts[0]] * 4, TOKENS, sampling_params=mixed, **named)[1]
-    for answer in answers[::2]:  # greedy beside others that are sampled
+    for answer in answers[::2]:  # the greedy requests, beside sampled ones
         assert answer["output_ids"] == right["output_ids"]
         values = (one["meta_info"]["output_token_ids_logprobs"][1:] for one in (answer, right))
         apart = [abs(a[0] - b[0]) for places in zip(*values, strict=True) for a, b in zip(*places, strict=True)]
@@ -177,7 +177,7 @@ def test_sampling_streaming_and_aborts(servers: Servers, prompts: list[list[int]
 
 @plain_rows
 def test_stops_grammars_prefixes_and_samples(servers: Servers, prompts: list[list[int]]) -> None:
-    """An answer that ends inside of what one step verified ends there; a grammar holds for every guess that is kept."""
+    """An answer may end in the middle of a step's verified tokens; a grammar holds for every guess that is kept."""
     pair = servers.speculating
     for prompt in (prompts[0], prompts[-1]):
         whole = servers.plain.generate(prompt, TOKENS)[1]
@@ -191,7 +191,7 @@ def test_stops_grammars_prefixes_and_samples(servers: Servers, prompts: list[lis
             answers = []
             for other in (servers.plain, pair):
                 answers.append(other.generate(prompt, TOKENS, sampling_params=params)[1])
-                other.next_room += 10  # samples have rooms of their own
+                other.next_room += 10  # each sample has its own room
             if "n" in ends:
                 answers = [[sample["output_ids"] for sample in answer] for answer in answers]
                 assert answers[0] == answers[1] == answers[1][:1] * 3
@@ -204,20 +204,20 @@ def test_stops_grammars_prefixes_and_samples(servers: Servers, prompts: list[lis
             assert "regex" not in ends or re.fullmatch(ends["regex"], answer["text"]), answer
     ignored = Route(pair.prefill, pair.bootstrap, pair.decode).body(prompts[0], 4, room=9500)
     ignored["sampling_params"] |= {"temperature": 1.0, "min_p": 0.1}
-    for server in (pair.prefill, pair.decode):  # SGLang would drop it without a word
+    for server in (pair.prefill, pair.decode):  # SGLang would silently ignore min_p
         answer = server.post("/generate", ignored, 60)
         assert answer.status_code == 400 and "min_p is not applied" in answer.text, answer.text
     hot = {"max_new_tokens": TOKENS, "temperature": 1.5, "regex": "[0-9]{3}-[ab]{2}"}
     for _ in range(4):
         assert re.fullmatch(hot["regex"], pair.generate(prompts[0], TOKENS, sampling_params=hot)[1]["text"])
     cached = pair.generate(prompts[0], TOKENS)[0]["meta_info"]["cached_tokens"]
-    assert cached >= len(prompts[0]) - 2  # a draft's cache is known by pairs of tokens
+    assert cached >= len(prompts[0]) - 2  # a draft's cache is looked up by pairs of tokens
     wait_idle(pair.prefill, pair.decode)
 
 
 @plain_rows
 def test_penalties_and_least_lengths_hold_for_every_token(servers: Servers, prompts: list[list[int]]) -> None:
-    """SGLang would count one token of each step, and hold the answer's end back for up to four times its length."""
+    """SGLang would count one token a step, and hold back the answer's end for up to four times the minimum length."""
     told = {"return_logprob": True, "top_logprobs_num": 2}
     whole = servers.plain.generate(prompts[-1], TOKENS)[1]["output_ids"]
     for asked in (
@@ -225,7 +225,7 @@ def test_penalties_and_least_lengths_hold_for_every_token(servers: Servers, prom
         {"frequency_penalty": 1.5},
         {"presence_penalty": 1.2},
         {"repetition_penalty": 1.6},
-        {"frequency_penalty": 1.5, "temperature": 1.3, "top_k": 1},  # greedy, by way of sampling
+        {"frequency_penalty": 1.5, "temperature": 1.3, "top_k": 1},  # greedy, but through the sampling code
     ):
         params = {"max_new_tokens": TOKENS, "temperature": 0, "ignore_eos": True} | asked
         right, answer = (
@@ -238,7 +238,7 @@ def test_penalties_and_least_lengths_hold_for_every_token(servers: Servers, prom
 
 @plain_rows
 def test_half_a_pair_that_speculates_is_refused(servers: Servers, prompts: list[list[int]]) -> None:
-    """One server with the draft and one without it: the request fails with the reason, whichever has it."""
+    """If only one server has the draft, the request fails with the reason, whichever server that is."""
     pairs = servers.speculating, servers.plain
     for number, (first, second) in enumerate((pairs, pairs[::-1])):
         seen = len(log_of(second.decode))
@@ -253,7 +253,7 @@ def test_half_a_pair_that_speculates_is_refused(servers: Servers, prompts: list[
 @plain_rows
 @pytest.mark.slow
 def test_a_decode_server_that_was_killed(servers: Servers, prompts: list[list[int]]) -> None:
-    """The server's requests fail, prefill holds nothing of them, and a new server at the same address is served."""
+    """The killed server's requests fail, prefill holds nothing of them, and a new server at that address is served."""
     pair = servers.speculating
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         call = pool.submit(servers.route.ask, prompts[1], 2000)
@@ -271,7 +271,7 @@ def test_a_decode_server_that_was_killed(servers: Servers, prompts: list[list[in
 def test_requests_that_are_retracted(servers: Servers, model: Model, prompts: list[list[int]]) -> None:
     """A server that takes requests out of its batch again and again gives the same answers in the end.
 
-    SGLang keeps the rows of a retracted request on the host, but not the draft's: its guesses are worse from there on.
+    SGLang keeps the rows of a retracted request on the host, but not the draft's rows, so later guesses are worse.
     """
     (port,), log = free_ports(1), model.folder / "retracting-decode.log"
     same = servers.speculating

@@ -1,7 +1,7 @@
 """Speculation in every layout: g from 1 to 4, one, two and four ranks, both kinds of rows, heads kept either way.
 
-A server with speculation says what the same server says without it. One starts after the other: four ranks are all
-that two cores bear.
+A server with speculation gives the same answers as the same server without it. The two run one after the other, because
+two cores bear no more than four ranks.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Deployment:
         self._rooms = 1000
 
     def prefill(self, guesses: int) -> tuple[Server, int]:
-        """The prefill server of so many guesses, 0 without speculation."""
+        """Return the prefill server with so many guesses; 0 means no speculation."""
         if guesses not in self._prefill:
             port, bootstrap = free_ports(2)
             own = (
@@ -66,7 +66,7 @@ class Deployment:
         return self._prefill[guesses]
 
     def answers(self, asked: list[list[int]], guesses: int, *layout: str) -> list[dict[str, Any]]:
-        """Answers of a decode server of a layout: one at a time, then all at once."""
+        """Return the answers of a decode server with a layout: one at a time, then all at once."""
         prefill, bootstrap = self.prefill(guesses)
         decode = launcher(
             "decode", str(self.model), free_ports(1)[0], self.folder / "decode.log", *layout, *COMMON,
@@ -107,7 +107,7 @@ def prompts(nano_mla: str) -> list[list[int]]:
 
 
 def artifact(model: Path, groups: int, rows: str) -> Path:
-    """Maps from a few tokens: whether they are good does not matter here."""
+    """Make an artifact from a few tokens, because the quality of its maps does not matter here."""
     out = model.parent / f"g{groups}-{rows}.safetensors"
     few = (
         "--tokens",
@@ -125,7 +125,7 @@ def artifact(model: Path, groups: int, rows: str) -> Path:
 
 
 def check(server: Deployment, asked: list[list[int]], guesses: int, rows: str, *layout: str) -> None:
-    """Tokens are those without speculation, and log-probabilities as near as rows of that kind allow."""
+    """Check that tokens equal those without speculation, and log-probabilities as nearly as the kind of rows allows."""
     expected = server.answers(asked, 0, *layout)[: len(asked)]
     answers = server.answers(asked, guesses, *layout)
     for answer, right in zip(answers, expected * 2, strict=True):
@@ -150,6 +150,6 @@ def test_a_layout(
 
 @pytest.mark.parametrize("rows", ["plain", "sketched"])
 def test_another_family_with_a_layer_that_guesses(glm: Deployment, prompts: list[list[int]], rows: str) -> None:
-    """GLM-4.7-Flash: SGLang has a class of its own for its draft."""
+    """SGLang has a separate class for the draft of GLM-4.7-Flash."""
     maps = str(artifact(glm.model, 2, rows))
     check(glm, prompts, 3, rows, "--tp", "2", "--tpla-groups", "2", "--tpla-artifact", maps)

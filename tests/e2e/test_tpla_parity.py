@@ -1,4 +1,4 @@
-"""What the TPLA servers answer against the plain PyTorch model: prompt exact, every later token through the slices.
+"""The answers of TPLA servers against the plain PyTorch model: prompt exact, every later token through the slices.
 
 The servers compute on shards, from caches that crossed the wire; the plain model has neither.
 """
@@ -46,9 +46,9 @@ def mixed_widths(path: str, folder: Path) -> Path:
 def assert_answers_follow_the_formula(
     pair: Pair, artifact: Artifact, model_path: str, prompts: int = 8, new_tokens: int = TOKENS
 ) -> None:
-    """Check that every greedy token's logprob, as the server said it, is the plain TPLA model's.
+    """Check that the server's logprob of every greedy token is the plain TPLA model's.
 
-    The comparison must tell it from plain MLA, for which the servers must not be taken.
+    The comparison must tell TPLA from plain MLA, so that servers of plain MLA would fail it.
     """
     model = PlainModel(model_path)
     maps = model_maps(artifact, model)
@@ -70,7 +70,7 @@ def test_shipped_artifact(trio: Any, nano_mla: str, nano_artifact: str) -> None:
 def test_layers_of_different_width_head_shards_and_summed_heads(
     trio: Any, nano_mla: str, nano_artifact: str, logs: Path, tmp_path: Path, ranks: int, groups: int
 ) -> None:
-    """The groups' head outputs are summed before ``o_proj``; the shared servers hold it g times."""
+    """The groups' head outputs are summed before ``o_proj``; the shared servers hold ``o_proj`` g times instead."""
     path = mixed_widths(nano_artifact, tmp_path)
     decode = launcher(
         "decode", nano_mla, free_ports(1)[0], logs / "decode-mixed.log", "--tp", str(ranks),

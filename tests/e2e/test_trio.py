@@ -121,7 +121,7 @@ def test_24_concurrent_requests_and_aborts(trio: Any) -> None:
     wait_idle(trio.prefill, trio.decode)
     deadline = time.monotonic() + 20
     while any(grown := [growth(old, resources(server)) for old, server in zip(before, servers, strict=True)]):
-        # a look at the bootstrap server takes a socket for a moment
+        # A request to the bootstrap server takes a socket for a moment.
         assert time.monotonic() < deadline, grown
 
 

@@ -1,4 +1,4 @@
-"""Real servers: prompts that one side cannot take, and requests whose other half is nowhere, end at once on both."""
+"""Real servers: prompts that one side cannot take, and requests without their other half, end at once on both sides."""
 
 import concurrent.futures
 import contextlib
@@ -23,8 +23,9 @@ SOON_S = 60  # far from the deadline of a transfer, 120 s, also on a busy machin
 
 @pytest.fixture(scope="module")
 def pair(nano_mla: str, logs: Path) -> Iterator[Pair]:
-    """A prefill server of two nodes with a short context, of which one cuts otherwise and has no shared memory; a
-    decode server with a small cache.
+    """A prefill server of two nodes with a short context, and a decode server with a small cache.
+
+    One of the nodes cuts chunks differently and has no shared memory.
     """
     ports = free_ports(6)
     node = ("--tp", "2", "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{ports[4]}", "--context-length",
@@ -40,13 +41,13 @@ def pair(nano_mla: str, logs: Path) -> Iterator[Pair]:
     prefill, node, decode = servers
     with contextlib.ExitStack() as stack:
         stack.callback(node.stop)
-        node.start()  # it serves no HTTP
+        node.start()  # the second node serves no HTTP
         stack.enter_context(running(prefill, decode))
         yield Pair(prefill, ports[1], decode)
 
 
 def both(pair: Pair, tokens: int, **changes: Any) -> tuple[httpx.Response, httpx.Response, float]:
-    """Return the answers to a prompt of so many tokens, and when the second one had come."""
+    """Return the answers to a prompt of so many tokens, and the seconds until both had come."""
     start = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         asked = [pool.submit(half, server, pair, tokens, **changes) for server in (pair.prefill, pair.decode)]
@@ -62,7 +63,7 @@ def half(server: Server, pair: Pair, tokens: int, **changes: Any) -> httpx.Respo
 
 
 def test_nodes_that_cut_chunks_differently_serve(pair: Pair, nano_mla: str) -> None:
-    """The answers are the plain model's, in pages that other requests have written before."""
+    """The answers are the plain model's, from pages that other requests have written before."""
     model = PlainModel(nano_mla)
     for first, length in ((7, 600), (100, 333), (300, 600)):
         ids = [first + n % 50 for n in range(length)]
@@ -77,7 +78,7 @@ def test_a_prompt_above_the_context_of_prefill(pair: Pair) -> None:
     assert seconds < SOON_S
 
 
-# A field of which only decode's flags know what to do with it.
+# A field that only decode's flags allow.
 PROCESSOR = {"custom_logit_processor": '{"callable": "80"}'}
 WHY = "not configured to enable custom logit processor"
 
@@ -90,12 +91,12 @@ def test_what_prefill_alone_refuses_is_answered_with_its_reason(pair: Pair) -> N
     batch: dict[str, Any] = {"input_ids": [[5, 6], [7, 8]], "bootstrap_room": place}
     prefill, decode, _ = both(pair, 20, **PROCESSOR, **batch)
     assert (prefill.status_code, decode.status_code) == (400, 400) and WHY in decode.text, decode.text
-    wait_idle(pair.prefill, pair.decode, timeout_s=ROOM_TIMEOUT_S / 2)  # each room was told, not the first one alone
+    wait_idle(pair.prefill, pair.decode, timeout_s=ROOM_TIMEOUT_S / 2)  # decode heard of each room, not only the first
     assert [answer.status_code for answer in both(pair, 20)[:2]] == [200, 200]
 
 
 def test_refusals_of_one_side_do_not_close_the_service(pair: Pair, logs: Path) -> None:
-    """After a 500 the router would try again, and after some it would give up the server for everyone."""
+    """The router would retry a 500, and after several of them it would give up the server for everyone."""
     front = router(free_ports(1)[0], logs / "one-sided-router.log", pair.prefill.url, pair.bootstrap, pair.decode.url)
     with running(front):
         body = request_body([5, 6, 7], 4)
@@ -128,7 +129,7 @@ def test_a_request_that_no_decode_server_got(pair: Pair) -> None:
 
 
 def test_a_request_that_prefill_never_got(pair: Pair) -> None:
-    """Nothing else arrives at prefill, so that no other request shows that this one was passed over."""
+    """No other request arrives at prefill that would show that this one was passed over."""
     start = time.monotonic()
     answer = half(pair.decode, pair, 20)
     pair.next_room += 1
@@ -138,19 +139,22 @@ def test_a_request_that_prefill_never_got(pair: Pair) -> None:
 
 @pytest.mark.slow
 def test_a_decode_server_that_is_told_to_end_behind_the_router(pair: Pair, logs: Path) -> None:
-    """What the router still gives it fails with a reason long before the deadline. It is the last test here."""
+    """Requests that the router still sends there fail with a reason long before the deadline.
+
+    This test must be the last one of the file.
+    """
     front = router(free_ports(1)[0], logs / "ended-router.log", pair.prefill.url, pair.bootstrap, pair.decode.url)
     with running(front):
         body = request_body([5, 6, 7], 4)
         assert front.post("/generate", body).status_code == 200
         assert pair.decode.process is not None
         pair.decode.process.send_signal(signal.SIGTERM)
-        # it is served until the server stops to listen, and the router says so afterwards
+        # Requests are served until the server stops listening; afterwards the router refuses them.
         assert front.post("/generate", body).status_code in (200, 502, 503)
         pair.decode.process.wait(60)
         start = time.monotonic()
         answer = front.post("/generate", body)
         assert time.monotonic() - start < SOON_S, answer.text
-        # what the router finds out by itself: after its attempts nobody is left, or the connection is refused
+        # The router finds out by itself: no server is left after its attempts, or the connection is refused.
         assert answer.status_code in (502, 503) and "decode" in answer.text, answer.text
         wait_idle(pair.prefill)

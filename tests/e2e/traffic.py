@@ -1,4 +1,4 @@
-"""Requests to a prefill and a decode server as the router sends them: plain, streamed, in batches, and given up."""
+"""Requests to a prefill and a decode server as the router sends them: plain, streamed, in batches, and abandoned."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ import httpx
 
 from tests.e2e.servers import Server, request_body
 
-PATIENCE_S = 200.0  # longer than any deadline of the servers: who waits longer hangs
+PATIENCE_S = 200.0  # longer than any deadline of the servers: a request that waits longer hangs
 rooms = itertools.count(200_000)
-# one connection a request, so that a server's death is one request's matter; made once, as its TLS context is costly
+# Each request has its own connection, so that a server's death affects one request. The client is made once, because
+# its TLS context is costly.
 client = httpx.Client(limits=httpx.Limits(max_connections=None, max_keepalive_connections=0), timeout=PATIENCE_S)
 
 
 @dataclass
 class Answer:
-    """An answer of a decode server: tokens and their log-probabilities, or why there are none."""
+    """An answer of a decode server: tokens and their log-probabilities, or the reason why there are none."""
 
     tokens: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     failure: str = ""
 
     def same_text(self, other: Answer, tolerance: float = 1e-3) -> bool:
-        """Return whether tokens are equal, and log-probabilities differ by no more than another order of sums."""
+        """Return whether tokens are equal, and log-probabilities equal up to the order of sums."""
         return self.tokens == other.tokens and all(
             abs(a - b) <= tolerance for a, b in zip(self.logprobs, other.logprobs, strict=True)
         )
@@ -48,7 +49,7 @@ def read(said: dict[str, Any], tokens: int) -> Answer:
 
 @dataclass(frozen=True)
 class Route:
-    """A prefill server, its bootstrap server's port, and the decode server that answers."""
+    """A prefill server, the port of its bootstrap server, and the decode server that answers."""
 
     prefill: Server
     bootstrap: int
@@ -82,7 +83,7 @@ class Route:
         return read(said, tokens)
 
     def _said(self, send: Callable[..., tuple[int, Any]], body: dict[str, Any]) -> tuple[int, Any]:
-        """Send a body to both. Return the decode server's status and answer."""
+        """Send a body to both, and return the decode server's status and answer."""
         with _both(self) as (pool, servers):
             first, second = (pool.submit(send, server, body) for server in servers)
             try:
@@ -100,7 +101,7 @@ class Route:
         return [read(one, tokens) for one in said]
 
     def leave(self, prompt: Any, tokens: int, after_s: float) -> None:
-        """Ask, and hang up on both when they have said nothing for ``after_s``, or after a few tokens."""
+        """Ask, and hang up on both servers after a few tokens, or after ``after_s`` without any."""
         body = self.body(prompt, tokens, stream=True)
         with _both(self) as (pool, servers):
             for call in [pool.submit(_hang_up, server, body, after_s) for server in servers]:
@@ -119,7 +120,7 @@ def _both(route: Route) -> Iterator[tuple[concurrent.futures.ThreadPoolExecutor,
 
 
 def _post(server: Server, body: dict[str, Any]) -> tuple[int, Any]:
-    """Return the status and the text; 0 and the reason where the server went away. Waiting too long is an error."""
+    """Return the status and the text, or 0 and the reason if the server went away; waiting too long is an error."""
     try:
         response = client.post(server.url + "/generate", json=body)
     except httpx.TimeoutException:
@@ -133,7 +134,7 @@ def _post(server: Server, body: dict[str, Any]) -> tuple[int, Any]:
 
 
 def _last_event(server: Server, body: dict[str, Any]) -> tuple[int, Any]:
-    """Return the same of a streamed answer: what the last event said."""
+    """Return the same as `_post` for a streamed answer, with the content of the last event."""
     last: Any = {"error": "no event"}
     try:
         with client.stream("POST", server.url + "/generate", json=body) as response:
@@ -157,12 +158,12 @@ def _hang_up(server: Server, body: dict[str, Any], after_s: float) -> None:
 
 
 class Load:
-    """Threads that send requests without rest while a test does something else, and what came of each.
+    """Threads that send requests without pause while a test does something else, and the results of the requests.
 
     Args:
         routes: used in turn.
-        prompts: with what each route's decode server answers on a quiet day, by the server's name.
-        tokens: of each answer.
+        prompts: each with the answers of the routes' decode servers without load, by the server's name.
+        tokens: number of tokens of each answer.
     """
 
     def __init__(

@@ -16,7 +16,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 @pytest.fixture(scope="session")
 def imported() -> None:
-    """SGLang and the modules that import it, without the warnings of SGLang's imports about what a CPU lacks."""
+    """SGLang and the modules that import it, without the warnings of SGLang's imports on a CPU."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
 
@@ -55,7 +55,7 @@ def engine(imported: None, nano_mla: str) -> Iterator[None]:
         device="cpu",
         dtype="float32",
         max_total_tokens=4096,
-        disable_shared_experts_fusion=True,  # Kimi-VL's loader does not know it
+        disable_shared_experts_fusion=True,  # Kimi-VL's loader does not know fused shared experts
     )
     if hasattr(runtime_context, "SpawnRanks"):  # later releases ask the launcher for the rank
         publish(args, role="test", ranks=runtime_context.SpawnRanks(world_rank=0))
@@ -80,7 +80,7 @@ def engine(imported: None, nano_mla: str) -> Iterator[None]:
 
 @pytest.fixture(params=[False, True], ids=["separate", "one-write"])
 def one_write(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether norm, projection and cache write are one step, as on a GPU; the twin stands for the kernel."""
+    """Whether norm, projection and cache write are one step, as on a GPU; the twin replaces the kernel."""
     if request.param:
         from sglang_tpla.host.model import attention_layer
 

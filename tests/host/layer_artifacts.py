@@ -48,7 +48,7 @@ class SketchedArtifact:
 
 
 def exact_maps(rows: SketchedRows, generator: torch.Generator) -> SketchedMaps:
-    """Make maps of a random basis that lose nothing but rounding; the sketch has scales of its own."""
+    """Make maps of a random basis that lose nothing but rounding; the sketch has its own scales."""
     basis = torch.linalg.qr(torch.randn(D, D, generator=generator))[0]
     r, n, g = rows.shared, rows.own, rows.groups
     shared, own = basis[:, :r], [basis[:, r + i * n : r + (i + 1) * n] for i in range(g)]

@@ -72,8 +72,9 @@ def softmax_scale(yarn: bool) -> float:
 def formula(x, lengths, past, weights, views, yarn=True):
     """o = sum_i softmax(scale (q^nope W_UK key_i^T + q^R rope_i^T)) value_i W_UV W_O, for the last tokens of requests.
 
-    x [batch * new, hidden], where lengths count the new tokens; past: one (normed latents [n, d], rotated keys
-    [n, rope]) a request, without them. ``views`` gives each group's (key, value, rope) of such latents and keys.
+    x is [batch * new, hidden], and lengths count the new tokens; past has one (normed latents [n, d], rotated keys
+    [n, rope]) a request, without the new tokens. ``views`` gives each group's (key, value, rope) of such latents and
+    keys.
     """
     if "q_proj" in weights:
         q = x @ weights["q_proj"].T
@@ -113,7 +114,7 @@ def random_step(lengths, generator, dtype=torch.float32, new=1):
 
 
 def build_rank(rank, size, groups, artifact, weights, q_rank, yarn, dtype, monkeypatch, o_proj="replicate"):
-    """Build SGLang's attention module of one rank by its own weight loaders; without artifact it is stock's."""
+    """Build SGLang's attention module of one rank by its own weight loaders; without an artifact the stock module."""
     from sglang.srt.models.deepseek_common.deepseek_weight_loader import DeepseekV2WeightLoaderMixin
     from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA
 
@@ -174,7 +175,7 @@ def decode_step(attention, backend, x, lengths, slots, **options):
 
     batch, new = len(lengths), len(x) // len(lengths)
     positions = last_positions(lengths, new)
-    known = torch.tensor(lengths) - (new if new > 1 else 0)  # SGLang leaves out what is being verified
+    known = torch.tensor(lengths) - (new if new > 1 else 0)  # SGLang leaves out the tokens that are being verified
     forward_batch = ForwardBatch(
         forward_mode=ForwardMode.DECODE if new == 1 else ForwardMode.TARGET_VERIFY, batch_size=batch,
         input_ids=torch.zeros(len(x), dtype=torch.long), req_pool_indices=torch.arange(batch), seq_lens=known,

@@ -1,4 +1,4 @@
-"""The names of architectures decide alone whether a model is served."""
+"""The names of its architectures alone decide whether a model is served."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def test_a_config_without_an_architecture_says_nothing() -> None:
 
 
 def test_a_latent_cache_is_not_enough() -> None:
-    """Kimi-Linear has a latent cache, and layers of another kind beside it."""
+    """Kimi-Linear has a latent cache, and also layers of another kind."""
     latent = {"kv_lora_rank": 512}
     check_config("/m", latent | {"architectures": ["DeepseekV3ForCausalLM"]})
     with pytest.raises(ConfigError, match="linear-attention"):
@@ -44,7 +44,7 @@ def test_a_latent_cache_is_not_enough() -> None:
 
 
 def test_mistral_large_3_in_the_forms_in_which_it_comes(tmp_path: Path) -> None:
-    """By its name, by its own format, and as a model of a served class that scales queries by their position."""
+    """The model is refused by its name, by its own format, and, in a served class, for scaling queries by position."""
     latent: dict[str, Any] = {"kv_lora_rank": 512, "architectures": ["DeepseekV3ForCausalLM"]}
     for form in (
         {"llama_4_scaling": {"original_max_position_embeddings": 8192, "beta": 0.1}},

@@ -1,7 +1,7 @@
 """Block-FP8 weights (DeepSeek's): SGLang's own loading step makes the absorbed weights, then the maps are folded in.
 
-On a CPU that step requantises kv_b_proj to one scale a tensor, on a GPU it dequantises to bfloat16. The tests run both
-on the same weights, against an independent float32 reference.
+On a CPU the loading step requantises kv_b_proj to one scale a tensor, on a GPU it dequantises to bfloat16. The tests
+run both on the same weights, against an independent float32 reference.
 """
 
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The bootstrap server over real HTTP: who may register, what is counted, and ranks that outlive it."""
+"""The bootstrap server over real HTTP: permission to register, the counts, and ranks that outlive the server."""
 
 import contextlib
 import inspect
@@ -109,7 +109,7 @@ def test_with_keys_only_signed_registrations_are_taken(key_folder: Path, port: i
 
 
 def test_a_registration_captured_elsewhere_is_refused(key_folder: Path, port: int) -> None:
-    """Another server with the same keys refuses it, and so does the same server after its restart."""
+    """Another server with the same keys refuses the registration, and so does the same server after its restart."""
     body = b"{}"
     with serving(port) as url:
         challenge = httpx.get(url + "/challenge").text
@@ -145,7 +145,7 @@ def test_a_layout_is_readable_by_every_release(port: int) -> None:
 
 
 def test_a_layout_is_known_no_sooner_than_its_ranks(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SGLang opens a request with any layout that it finds, on another thread than the look-up's."""
+    """SGLang opens a request with any layout that it finds, on a thread other than the look-up's."""
     from sglang_tpla.host.disaggregation.kv_manager import TplaKVManager
     from sglang_tpla.host.disaggregation.prefill_lookup import Unanswered
 
@@ -256,7 +256,7 @@ def test_payload_is_that_of_the_host() -> None:
 
 
 def test_ranks_of_another_server_are_not_taken(port: int) -> None:
-    """Of two servers with one port, the second one's ranks would be found in place of the first one's."""
+    """If two servers had one port, decode would find the second one's ranks in place of the first one's."""
     with serving(port) as url:
         submit(url, "PUT", "/route", payload(), None)
         for other in ({"server": "another"}, {"server": None}):

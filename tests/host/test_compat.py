@@ -69,7 +69,7 @@ def test_both_names_of_deepgemm_are_seen(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_page_table_is_read_to_the_end_of_the_replay(engine: None) -> None:
-    """Every layer's kernel reads it, so that the scheduler must not write it before the last one."""
+    """Every layer's kernel reads the page table, so the scheduler must not write it before the last layer has run."""
     from sglang.srt.layers.attention import base_attn_backend
 
     from sglang_tpla.host.attention.backend import TplaDecodeBackend
@@ -108,7 +108,7 @@ def test_what_moves_rows_elsewhere_is_refused(field: str, value: Any, flag: str)
 
 @pytest.mark.parametrize("never", [0.0, 1.0])
 def test_rows_received_into_host_memory_are_refused(never: float) -> None:
-    """The value that means never was 0, and is 1 from 0.5.22 on."""
+    """The threshold that means never was 0, and is 1 from 0.5.22 on."""
     from sglang_tpla.host.validation import newer_refusals
 
     args = make_dataclass("Args", [("disaggregation_decode_host_receive_threshold", float, never)])()
@@ -127,7 +127,7 @@ def test_defaults_of_server_arguments() -> None:
 
 
 def test_the_rust_server_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its bootstrap server would take registrations from anyone."""
+    """The Rust server's bootstrap server would take registrations from anyone."""
     from sglang_tpla.host.validation import unchecked_ways_in
 
     args = SimpleNamespace(tokenizer_worker_num=1, grpc_mode=False, smg_grpc_mode=False)
@@ -153,7 +153,7 @@ def test_attention_groups_are_refused_where_a_cpu_cannot_run_them(fields: dict[s
 
 
 def test_arguments_that_came_resolved_are_not_checked_again() -> None:
-    """A child process gets the record by pickle, and resolves it once more to find that it has been."""
+    """A child process unpickles a resolved record, and must not resolve and check the record again."""
     from sglang_tpla.host.validation import check_server_args
 
     calls: list[Any] = []
@@ -174,7 +174,7 @@ def test_rows_in_host_memory_fail_their_request() -> None:
 
 
 def test_an_aborted_room_leaves_nothing_under_its_number() -> None:
-    """Later releases keep a failed number failed: the next request in that room would fail with it."""
+    """Later releases keep a failed room's number failed, so the next request in that room would fail as well."""
     from sglang.srt.disaggregation.base.conn import KVPoll
 
     from sglang_tpla.host.disaggregation.kv_sender_receiver import TplaKVSender

@@ -88,7 +88,7 @@ def test_a_scheduler_that_hears_of_it_tells_its_agent_and_aborts_nothing(mode: s
 
 
 async def _wait_one_response(error: Exception) -> None:
-    """Named as SGLang's: an error in it is the scheduler's answer."""
+    """Stand in for SGLang's function of this name, in which an error is the scheduler's answer."""
     raise error
 
 
@@ -164,7 +164,7 @@ def test_no_client_checks_health_in_the_servers_name(status: str, method: str | 
 
 
 def test_a_request_while_the_server_warms_up_is_checked_but_for_its_transfer() -> None:
-    """A client's looks the same as the server's own, and one token outside the vocabulary would end the server."""
+    """A client's request looks like the server's own, and one token outside the vocabulary would end the server."""
     from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
     from sglang.srt.managers.io_struct import GenerateReqInput
     from sglang.srt.managers.tokenizer_manager import ServerStatus
@@ -196,7 +196,7 @@ def test_a_request_while_the_server_warms_up_is_checked_but_for_its_transfer() -
 
 
 def test_every_field_of_this_release_is_drawn_for_odd_requests() -> None:
-    """What a new release adds is tried on servers, too: `tests/e2e/test_requests.py` sends it to them."""
+    """`tests/e2e/test_requests.py` sends drawn requests to servers, so the fields of a new release are tried there."""
     import msgspec
     from sglang.srt.managers.io_struct import GenerateReqInput
     from sglang.srt.sampling.sampling_params import SamplingParams
@@ -252,7 +252,7 @@ def test_a_room_of_another_request_is_left_alone(taken: set[int]) -> None:
 def test_the_rank_that_answers_clients_hears_the_reason_first(
     rank: int, known_to: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One rank's failure fails the request on all ranks: the others wait a little with theirs."""
+    """One rank's failure fails the request on all ranks, so the other ranks hold theirs back a little."""
     from sglang.srt.disaggregation.base.conn import KVPoll
 
     from sglang_tpla.host.disaggregation import kv_sender_receiver
@@ -266,7 +266,7 @@ def test_the_rank_that_answers_clients_hears_the_reason_first(
     assert made._state() == KVPoll.WaitingForInput
     if known_to == "agent":
         agent.poll.return_value = KVPoll.Failed
-    else:  # SGLang's own part: its bootstrap server was not found
+    else:  # SGLang's own part failed: the bootstrap server was not found
         made.kv_mgr.request_status[7] = KVPoll.Failed
     assert made._state() == (KVPoll.WaitingForInput if rank else KVPoll.Failed)
     now[0] += kv_sender_receiver.HOLD_BACK_S

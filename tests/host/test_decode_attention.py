@@ -20,7 +20,7 @@ WIDTHS = (16, 24)  # of layers 0 and 1
 
 
 class Twin(ReferenceDecode):
-    """A twin with the kernel's constructor, which remembers the addresses of its plans."""
+    """A PyTorch twin with the kernel's constructor, which remembers the addresses of its plans."""
 
     def __init__(self, shape: Any, scale: float, max_batch: int, device: torch.device) -> None:
         super().__init__(shape, scale)
@@ -34,7 +34,7 @@ class Twin(ReferenceDecode):
 
 
 class Pool:
-    """Rows of two widths, written the two ways in which SGLang writes them."""
+    """Rows of two widths, written in both of SGLang's ways."""
 
     def __init__(self) -> None:
         self.rows = [torch.randn(SLOTS, 1, width + ROPE) for width in WIDTHS]
@@ -131,7 +131,7 @@ def test_replays_refill_the_buffers_that_a_graph_was_captured_with(backend: Any)
 
 
 def test_a_full_step_may_be_padded_beyond_the_pool(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention groups of four ranks pad six requests to eight, where no graph takes the step."""
+    """Attention groups of four ranks pad six requests to eight in a step that no graph runs."""
     from sglang_tpla.host.attention import backend as decode_attention
 
     monkeypatch.setattr(decode_attention, "get_parallel", lambda: SimpleNamespace(attn_tp_size=4))

@@ -14,7 +14,7 @@ class Given(SimpleNamespace):
 
 
 def given(**changes: Any) -> Given:
-    """Every flag of this release as it is where nobody gives it, but for those of a decode server on a CPU."""
+    """Every flag of this release with its default, except those of a decode server on a CPU."""
     from sglang.srt.server_args import ServerArgs
 
     Given.__signature__ = inspect.signature(ServerArgs)

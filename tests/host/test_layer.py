@@ -98,7 +98,7 @@ def test_sum_over_ranks_is_the_formula(
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_temperature_by_position_is_stocks(engine, monkeypatch, one_write, groups) -> None:
-    """With ``llama_4_scaling``, stock's layer and ours over lossless maps agree."""
+    """With ``llama_4_scaling``, stock SGLang's layer and ours over lossless maps agree."""
     generator = torch.Generator().manual_seed(groups)
     weights = make_weights(Q_RANK, generator)
     lengths = [21, 3, 9]

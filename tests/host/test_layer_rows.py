@@ -57,7 +57,7 @@ class Plain:
 class Sketched:
     """Sketched rows of maps that lose nothing but rounding."""
 
-    # The formula rounds in the same places; a code on the other side of a boundary moves little.
+    # The formula rounds in the same places; a code that falls on the other side of a boundary changes little.
     far = 2e-3
 
     def __init__(self, rows: SketchedRows, generator: torch.Generator) -> None:
@@ -81,7 +81,7 @@ class Sketched:
 def run_rank(
     attention: Any, kind: Plain | Sketched, group: int, x: torch.Tensor, lengths: list[int], past: Any
 ) -> torch.Tensor:
-    """One rank's part of the answer, over a pool with the rows of the past and NaN in every other place."""
+    """Return one rank's part of the answer, over a pool with the rows of the past and NaN in every other place."""
     from sglang_tpla.host.attention.backend import TplaDecodeBackend
 
     slots = page_table(lengths)
@@ -125,7 +125,7 @@ def test_every_new_token_is_the_formulas(
     engine: None, monkeypatch: pytest.MonkeyPatch, one_write: bool, size: int, rows: int | SketchedRows, new: int,
     heads: str,
 ) -> None:  # fmt: skip
-    """Rows are sketched ones, or plain ones of so many groups."""
+    """``rows``: the sketched rows, or the number of groups of plain rows."""
     from sglang_tpla.host.attention import backend
     from sglang_tpla.host.model import attention_layer
 
@@ -151,7 +151,7 @@ def test_every_new_token_is_the_formulas(
             rank, size, groups, kind.artifact, weights, Q_RANK, True, torch.float32, monkeypatch, heads
         )
         assert attention.num_local_heads == HEADS * groups // size
-        # with "scatter" a rank holds plain TP's part: that of the heads it has after the sum
+        # With "scatter" a rank holds plain TP's part of o_proj: the heads that the rank has after the sum.
         assert attention.o_proj.weight.shape == (HIDDEN, HEADS * V // size * (1 if heads == "scatter" else groups))
         parts.append(run_rank(attention, kind, rank % groups, x, lengths, past))
         projections.append(attention.o_proj)

@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LEDGER = tomllib.loads((ROOT / "patches" / "ledger.toml").read_text())["hook"]
 RELEASE = importlib.metadata.version("sglang")
 
-# What SGLang itself does in every process, then which hooks of ours the registry applied and whether each target's name
-# leads to our code. (The router's package brings a plug-in of its own.)
+# The probe repeats SGLang's start of a process, then prints which hooks of ours the registry applied and whether each
+# target's name leads to our code. (The router's package brings another plug-in.)
 PROBE = """
 import pkgutil
 from sglang.srt.plugins import load_plugins
@@ -96,7 +96,7 @@ def test_a_host_that_differs_stops_the_start(tmp_path: Path, tamper, words: tupl
 
 
 def test_a_release_that_is_not_supported_stops_the_start() -> None:
-    """The message names the release, also where no hooked target changed."""
+    """The message names the release, even if no hooked target changed."""
     code = f"""
 from sglang_tpla.host import ledger
 ledger.host_version = lambda: "{RELEASE}.post1"
@@ -125,7 +125,7 @@ def test_bad_settings_stop_the_start() -> None:
 
 
 def test_the_hash_does_not_depend_on_python() -> None:
-    """Fields that later Pythons add empty (``type_params`` since 3.12) are not in the text."""
+    """Empty fields that later Pythons add (``type_params`` since 3.12) are not in the text."""
     from sglang_tpla.host.ledger import canonical
 
     tree = ast.parse("def f(a, *, b=None):  # comment\n    return [a, -1]\n")

@@ -10,7 +10,7 @@ from sglang_tpla.host.requests.logprobs import all_tensors, keep_first_place
 
 
 def test_a_batch_in_which_not_everyone_names_tokens(engine: None) -> None:
-    """As the scheduler goes on: each entry is copied from the device."""
+    """Every entry must be a tensor, because the scheduler then copies each one from the device."""
     from sglang.srt.layers.logprob_processor import LogprobStage, get_token_ids_logprobs_raw
 
     logprobs = torch.randn(3, 8).log_softmax(-1)
@@ -25,7 +25,7 @@ def test_a_batch_in_which_not_everyone_names_tokens(engine: None) -> None:
 
 @pytest.mark.parametrize(("named", "places"), [([5, 2], [[], [-1.0, -2.0]]), (None, [[-1.0, -2.0]])])
 def test_the_first_token_has_a_place_without_values(named: list[int] | None, places: list[Any]) -> None:
-    """A value stands at its own token's place, however the answer is cut."""
+    """Each value is at the place of its own token, however the answer is cut."""
     logprob = SimpleNamespace(
         token_ids_logprob=named,
         output_token_logprobs_val=[-0.5],

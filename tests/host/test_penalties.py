@@ -1,4 +1,4 @@
-"""Penalties of tokens that are verified, against SGLang's own penalizers that are told of one token after another."""
+"""Penalties of verified tokens, against SGLang's own penalizers, which see one token after another."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,7 @@ import torch
 VOCAB, GUESSES, PROMPT = 12, 3, 5
 TOKENS = GUESSES + 1
 NOTHING = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
-# what each request of the batch asks for; the last one's least length passes within the chain, whatever was said before
+# Parameters of each request of the batch; the last request reaches its minimum length within the chain in any case.
 ASKED: list[dict[str, float]] = [
     {},
     {"frequency_penalty": 0.7},
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("engine")
 
 
 class Request:
-    """What penalizers read of a request."""
+    """The attributes of a request that penalizers read."""
 
     def __init__(self, said: list[int], asked: dict[str, float]) -> None:
         self.origin_input_ids, self.output_ids = [0] * PROMPT, said
@@ -35,7 +35,7 @@ class Request:
 
 @dataclasses.dataclass
 class Info:
-    """What a batch knows of its requests' sampling."""
+    """A batch's record of its requests' sampling."""
 
     acc_additive_penalties: torch.Tensor | None
     acc_scaling_penalties: torch.Tensor | None = None
@@ -43,7 +43,7 @@ class Info:
 
 
 class Batch(SimpleNamespace):
-    """A batch of one step, with the requests' lengths in the cache, which lacks each one's last token."""
+    """A batch of one step, with the requests' lengths in the cache, which lacks the last token of each request."""
 
     def __init__(self, reqs: list[Request], said: int) -> None:
         lengths = torch.full((len(reqs),), PROMPT + said - 1)
@@ -53,7 +53,7 @@ class Batch(SimpleNamespace):
 
 
 def one_by_one(req: Request, said: list[int], logits: torch.Tensor) -> torch.Tensor:
-    """SGLang's penalties of one row of logits after an answer that grew token by token."""
+    """Return one row of logits with SGLang's penalties after an answer that grew token by token."""
     from sglang.srt.sampling import penaltylib
     from sglang.srt.sampling.penaltylib.orchestrator import BatchedPenalizerOrchestrator
     from sglang.srt.sampling.penaltylib.repetition_penalty import apply_scaling_penalties
@@ -75,7 +75,7 @@ def one_by_one(req: Request, said: list[int], logits: torch.Tensor) -> torch.Ten
 
 
 def penalised(batch: Batch, chains: torch.Tensor, logits: torch.Tensor, kept: tuple[int, ...] = (1,)) -> torch.Tensor:
-    """The logits that SGLang's verification gets, which then keeps the tokens ``kept`` of the last request's chain."""
+    """Return the logits for SGLang's verification, which then keeps the tokens ``kept`` of the last request's chain."""
     from sglang_tpla.host import penalties
 
     info, output = batch.sampling_info, SimpleNamespace(next_token_logits=logits.clone().flatten(0, 1))
@@ -87,7 +87,7 @@ def penalised(batch: Batch, chains: torch.Tensor, logits: torch.Tensor, kept: tu
     verified = predict.flatten(), (index >= 0).sum(1), index
 
     def original(verify_input: Any, batch: Any, logits_output: Any, mask: Any) -> Any:
-        assert batch.sampling_info.acc_additive_penalties is None  # else they would count twice
+        assert batch.sampling_info.acc_additive_penalties is None  # otherwise they would count twice
         assert batch.sampling_info.acc_scaling_penalties is None
         seen.append(logits_output.next_token_logits)
         return verified
@@ -100,7 +100,7 @@ def penalised(batch: Batch, chains: torch.Tensor, logits: torch.Tensor, kept: tu
 
 @pytest.mark.parametrize("seed", range(4))
 def test_each_verified_token_is_penalised_for_all_before_it(seed: int) -> None:
-    """Over three steps that keep one, four and two tokens."""
+    """The answer grows in three steps that keep one, four and two tokens."""
     torch.manual_seed(seed)
     reqs = [Request([int(torch.randint(VOCAB, ()))], asked) for asked in ASKED]
     for kept in (1, 4, 2):
@@ -116,7 +116,7 @@ def test_each_verified_token_is_penalised_for_all_before_it(seed: int) -> None:
 
 
 def test_a_step_that_was_not_read_yet_counts() -> None:
-    """With overlap scheduling a request's answer lacks the tokens of the step before; its length does not."""
+    """With overlap scheduling a request's answer lacks the tokens of the previous step; its length includes them."""
     torch.manual_seed(5)
     req = Request([6], {"frequency_penalty": 1.0, "min_new_tokens": 7})
 

@@ -49,7 +49,7 @@ def artifact_of(widths: tuple[int, ...], sketched: Sequence[SketchedRows] = ()) 
 
 
 def accounted(state: Any, dtype: torch.dtype, latent: int) -> float:
-    """The bytes of a token in all layers, in SGLang's memory accounting."""
+    """Return the bytes of a token in all layers, by SGLang's memory accounting."""
     config = SimpleNamespace(
         hf_config=SimpleNamespace(architectures=["DeepseekV3ForCausalLM"]),
         kv_lora_rank=latent, qk_rope_head_dim=ROPE, num_hidden_layers=LAYERS,
@@ -104,7 +104,7 @@ def test_rows_and_accounting(hooks: Any, with_artifact: bool) -> None:
 
 @pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2"])
 def test_a_cache_of_one_byte_values_is_not_transferred(imported: None, name: str) -> None:
-    """A checkpoint can ask SGLang for one, which no flag has shown."""
+    """A checkpoint can make SGLang choose such a cache without any flag."""
     from sglang_tpla.config import ConfigError
     from sglang_tpla.host.disaggregation.engine_memory import cache_dtype
 

@@ -1,4 +1,4 @@
-"""A bootstrap server that does not answer delays nobody, because the scheduler hears of an answer when it is there."""
+"""A bootstrap server that does not answer delays nobody, because the scheduler does not wait for the answer."""
 
 import concurrent.futures
 import threading
@@ -45,7 +45,7 @@ def test_other_servers_are_asked_while_one_does_not_answer() -> None:
 
 
 def test_a_step_waits_once_for_a_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or a few addresses of nobody would slow every neighbour's step for as long as they are asked for."""
+    """Otherwise a few dead addresses would slow down every other request's steps for as long as clients name them."""
     waited, wait = list[float](), concurrent.futures.wait
 
     def waiting(answers: list[concurrent.futures.Future[bool]], timeout: float) -> object:
@@ -76,7 +76,7 @@ def test_what_was_wrong_is_told_once_and_then_asked_anew() -> None:
 
 
 def test_an_answer_that_nobody_waited_for_is_not_the_next_requests() -> None:
-    """A client left while its server's name was looked up; an hour later that server is there."""
+    """A client leaves while its server's name is looked up; an hour later that server exists."""
     answers, answered, now = iter([TransferError("unknown name"), True]), threading.Event(), [0.0]
 
     def ask(address: str) -> bool:
@@ -102,7 +102,7 @@ def test_answers_that_nobody_waits_for_do_not_pile_up() -> None:
     for number in range(20):
         lookups.known(f"server-{number}")
     now[0] = 3600
-    assert not lookups.known("another") and len(lookups._asked) == 21  # these may still be on their way
+    assert not lookups.known("another") and len(lookups._asked) == 21  # these may still be under way
     silent.set()
     concurrent.futures.wait([question.answer for question in lookups._asked.values()])
     now[0] = 7200
@@ -170,11 +170,11 @@ def test_a_name_that_nobody_knows_fails_at_once(unknown: str) -> None:
 
 def test_why_a_bootstrap_server_was_not_found(address: str) -> None:
     assert why_unanswered("127.0.0.1:1") == "nobody listens there"
-    assert why_unanswered(address) == "status 200: []"  # an empty list is no layout
+    assert why_unanswered(address) == "status 200: []"  # an empty list is not a layout
 
 
 def test_where_nobody_listens_is_asked_twice() -> None:
-    """A prefill server that is gone has lost its half of the request, and later ones hear so at the first refusal."""
+    """A prefill server that is gone has lost its half of a request; later requests fail at the first refusal."""
     times = iter([100.0, 100.5, 101.0, 104.0, 150.0, 151.0, 152.0])
     unanswered = Unanswered(lambda: next(times))
     assert unanswered.reason("gone:1") == ""
@@ -191,7 +191,7 @@ def test_where_nobody_listens_is_asked_twice() -> None:
 
 
 def test_a_request_hears_of_the_last_try_alone(imported: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that was found, or whose answer was refused, is no longer one that did not answer."""
+    """A server that was found, or whose answer was refused, no longer counts as one that did not answer."""
     from sglang_tpla.host.disaggregation import kv_manager
 
     class Asked:

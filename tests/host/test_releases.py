@@ -29,7 +29,7 @@ def test_the_ledger_is_what_the_wheel_has(release: str) -> None:
             assert targets[hook.target_in(release)] == hook.ast_sha256[release], hook.target
 
 
-@pytest.mark.filterwarnings("ignore")  # SGLang's own imports warn of what a CPU lacks
+@pytest.mark.filterwarnings("ignore")  # SGLang's own imports warn on a CPU
 def test_the_installed_release_is_what_its_wheel_has() -> None:
     row = source_table.recorded()[ledger.host_version()]
     installed = ledger.Installed()
@@ -82,7 +82,7 @@ def test_the_nearest_release(release: str, expected: str) -> None:
 
 
 def test_every_definition_of_a_name_counts() -> None:
-    """A change of the body must not stay unseen behind overloads, which come first."""
+    """A change of the body must be seen although overloads come first."""
     stub = "@overload\ndef f(a: int) -> int: ...\n"
     one, other = (Text(stub + f"def f(a):\n    return {value}\n") for value in (1, 2))
     assert ledger.target_hash("some.module.f", one) != ledger.target_hash("some.module.f", other)

@@ -1,4 +1,4 @@
-"""Requests of SGLang's that come with the same room number: one has the room until SGLang has cleared it."""
+"""SGLang's requests with the same room number: one of them has the room until SGLang has cleared it."""
 
 import contextlib
 import itertools
@@ -13,7 +13,7 @@ from tests.wire import rig
 
 
 def request(manager: SimpleNamespace, room: int) -> Any:
-    """A request whose scheduler calls come from the test."""
+    """Return a request that the test calls in the scheduler's place."""
     from sglang_tpla.host.disaggregation.kv_sender_receiver import _Request
 
     made: Any = _Request()
@@ -37,7 +37,7 @@ def test_a_room_that_has_ended_is_its_requests_until_it_is_cleared() -> None:
         assert second._state() == KVPoll.Failed
         assert second._reason == "room 7 is in use by another request of this prefill server"
         second._end("cleared")
-        first._end("cleared")  # the room is still its own
+        first._end("cleared")  # the room is still the first request's
         third = request(manager, 7)
         third._open()
         assert third._state() == KVPoll.Bootstrapping
@@ -47,7 +47,7 @@ def test_a_room_that_has_ended_is_its_requests_until_it_is_cleared() -> None:
 
 @pytest.mark.usefixtures("imported")
 def test_only_the_prompt_of_the_room_that_is_opened_next_is_noted() -> None:
-    """A retracted request is checked again, and its room is not opened again: nothing is kept for it."""
+    """SGLang checks a retracted request again but does not open its room again, so nothing is kept for that room."""
     from sglang_tpla.host.disaggregation.capacity import exceeds
     from sglang_tpla.host.disaggregation.kv_manager import TplaKVManager
 
@@ -68,7 +68,7 @@ def test_only_the_prompt_of_the_room_that_is_opened_next_is_noted() -> None:
 @pytest.mark.usefixtures("imported")
 @pytest.mark.parametrize("page", [1, 4, 64])
 def test_an_answer_of_guesses_ends_before_the_cache_is_full(page: int) -> None:
-    """However many guesses are kept, each step finds free slots for two steps, in whole pages, as SGLang takes them."""
+    """Each step finds free slots for two steps, in whole pages as SGLang takes them, however many guesses are kept."""
     from sglang_tpla.host.disaggregation.capacity import exceeds
     from sglang_tpla.host.disaggregation.kv_manager import TplaKVManager
 
@@ -134,7 +134,7 @@ def test_a_prefix_sent_ahead_is_read_when_its_event_says_so() -> None:
         rig.ask(decode, [prefill.peer], 1, target)
         sender._early_send_wait_event = written
         sender.send(source[:3], num_kv_tokens=3 * rig.PAGE)
-        assert sender._early_send_wait_event is None  # the rest of the prompt is this step's own
+        assert sender._early_send_wait_event is None  # this step itself wrote the rest of the prompt
         sender.send(source[3:], num_kv_tokens=rig.PAGE)
         rig.succeed(1, decode)
         assert written.waited
@@ -154,7 +154,7 @@ def sender_of(manager: SimpleNamespace, room: int, pages: int) -> Any:
 
 
 def decode_manager(monkeypatch: pytest.MonkeyPatch, agent: Any) -> Any:
-    """A manager on decode with SGLang's tables, whose prefill server refuses to compute retracted requests anew."""
+    """Return a manager on decode with SGLang's tables; its prefill server refuses to recompute retracted requests."""
     from sglang.srt.disaggregation.common.conn import CommonKVManager
 
     from sglang_tpla.host.disaggregation import kv_sender_receiver
@@ -212,7 +212,7 @@ def test_a_request_that_prefill_does_not_compute_anew_fails_alone(monkeypatch: p
 
 @pytest.mark.usefixtures("engine")
 def test_a_late_refusal_to_compute_anew_harms_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client's abort makes prefill refuse, too; by then the request has left, and another may have its room."""
+    """A client's abort also makes prefill refuse; by then the request has left, and another may have its room."""
     from sglang.srt.disaggregation.base.conn import KVPoll
 
     prefill, decode = rig.prefill_rank(), rig.decode_rank()

@@ -32,7 +32,7 @@ def computed(buffers: Any, tokens: list[int]) -> None:
 
 
 def committed(buffers: Any, tokens: list[int], **changes: Any) -> tuple[bool, Any]:
-    """Commit a request's cache, and return whether decode goes on with it, and the request."""
+    """Commit a request's cache, and return whether decode goes on with the cache, and the request."""
     from sglang_tpla.host.disaggregation.same_prompt import compare_digest
 
     req = SimpleNamespace(
@@ -64,7 +64,7 @@ def test_another_prompt_fails_with_the_reason(buffers: Any, other: list[int]) ->
 
 
 def test_rows_that_no_prefill_server_of_ours_wrote(buffers: Any) -> None:
-    """A server's request to itself, one whose answer so far was computed again, and a row without a digest."""
+    """These are a server's request to itself, one whose answer was computed anew, and a row without a digest."""
     computed(buffers, [1, 2, 3])
     assert committed(buffers, [9], bootstrap_host="2.2.2.2")[0]
     assert committed(buffers, [9], is_rebootstrap=True)[0]

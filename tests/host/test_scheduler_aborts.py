@@ -35,7 +35,7 @@ SAMPLE = "a_" + "0f" * 16
     [("a", False, ["a", SAMPLE]), ("ab", False, ["ab"]), ("gone", False, []), ("", True, ["a", "ab", "abc", SAMPLE])],
 )
 def test_an_abort_reaches_no_request_whose_id_only_begins_alike(rid: str, abort_all: bool, reached: list[str]) -> None:
-    """SGLang compares beginnings of ids, so other requests hide their ids from it meanwhile."""
+    """SGLang compares beginnings of ids, so the hook hides the ids of other requests meanwhile."""
     from sglang_tpla.host.disaggregation.aborts import abort
 
     wrapped = SimpleNamespace(req=waiting("abc"))
@@ -63,7 +63,7 @@ def test_an_abort_reaches_no_request_whose_id_only_begins_alike(rid: str, abort_
     ("rid", "abort_all", "left"), [("a", False, ["ab"]), ("gone", False, ["a", "ab"]), ("", True, [])]
 )
 def test_requests_of_a_paused_server_are_answered(rid: str, abort_all: bool, left: list[str]) -> None:
-    """SGLang would compute them to their end once the server goes on."""
+    """SGLang would compute these requests to their end once the server continues."""
     from sglang_tpla.host.disaggregation.aborts import abort
 
     def taken_back(rid: str, last: int | None) -> SimpleNamespace:
@@ -87,7 +87,7 @@ def test_requests_of_a_paused_server_are_answered(rid: str, abort_all: bool, lef
 @pytest.mark.parametrize("forgets", [True, False])
 @pytest.mark.parametrize("hangs_up", [True, False])
 def test_who_hangs_up_is_aborted_where_sglang_has_forgotten_it(engine: None, forgets: bool, hangs_up: bool) -> None:
-    """From 0.5.18 to 0.5.19 a request's state goes with its client, and an abort of an unknown id is passed over."""
+    """In 0.5.18 and 0.5.19 a request's state goes with its client, and SGLang ignores an abort of an unknown id."""
     from sglang_tpla.host.requests import edge
 
     sent: list[str] = []

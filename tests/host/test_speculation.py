@@ -38,7 +38,7 @@ class Pool:
 
 
 def resolved_arguments(**values: Any) -> Any:
-    """A server's arguments as 0.5.17 keeps them: resolved in place."""
+    """Return a server's arguments as 0.5.17 keeps them, resolved in place."""
     return SimpleNamespace(get_model_config=None, **values)
 
 
@@ -63,7 +63,7 @@ def runners(engine: None, monkeypatch: pytest.MonkeyPatch) -> dict[bool, Any]:
 
 
 def attend(backend: Any, runner: Any, batch: Any, width: int, starts: list[int], tokens: int) -> None:
-    """Run one layer of a forward with ``tokens`` query tokens a request from ``starts`` on, and compare it."""
+    """Run one layer of a forward with ``tokens`` query tokens a request from ``starts`` on, and check its output."""
     table, rows = runner.req_to_token_pool.req_to_token, runner.token_to_kv_pool.rows
     requests = batch.req_pool_indices.tolist()
     batch.out_cache_loc = torch.cat([table[r, s : s + tokens] for r, s in zip(requests, starts, strict=True)]).long()
@@ -83,7 +83,7 @@ def attend(backend: Any, runner: Any, batch: Any, width: int, starts: list[int],
             )
 
 
-CASES = (([3], [1]), ([5, 0, 2], [36, 7, 13]))  # requests, and tokens they have before the guesses
+CASES = (([3], [1]), ([5, 0, 2], [36, 7, 13]))  # requests, and their tokens before the guesses
 
 
 @pytest.mark.parametrize(("requests", "lengths"), CASES)
@@ -116,7 +116,7 @@ def test_the_mask_of_a_step_is_small_and_unread(runners: dict[bool, Any]) -> Non
 def test_guesses_attend_over_those_before_them(
     runners: dict[bool, Any], requests: list[int], lengths: list[int]
 ) -> None:
-    """Each guess writes a row of the whole latent behind the verified ones, beside any width of the target."""
+    """Each guess writes a row of the whole latent behind the verified rows, whatever the target's width is."""
     from sglang_tpla.host.attention.draft import DraftSteps
 
     steps = DraftSteps(runners[True], GUESSES)
@@ -156,7 +156,7 @@ def test_the_factory_knows_our_backend_and_names_the_others(runners: dict[bool, 
     ours = factory(runner, None)
     assert isinstance(draft.guessing_backend(pytest.fail, ours), draft.DraftSteps)
     assert draft.extending_backend(pytest.fail, ours) is runner.attn_backend
-    runner.attn_backend = object()  # of a server that computes prompts with another backend
+    runner.attn_backend = object()  # as on a server that computes prompts with another backend
     assert isinstance(draft.extending_backend(pytest.fail, ours), TplaDecodeBackend)
 
     stock = SimpleNamespace(attn_backends=[SimpleNamespace(), SimpleNamespace()])
@@ -222,7 +222,7 @@ def test_the_draft_keeps_whole_rows_and_memory_is_counted(engine: None, monkeypa
 
 
 def test_memory_of_a_draft_beside_rows_of_bytes(engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SGLang counts items of one byte; the draft's are of the model's dtype."""
+    """SGLang counts items of one byte, but the draft's items have the model's dtype."""
     from sglang_tpla.cache_rows.sketched import SketchedRows
     from sglang_tpla.host.model import kv_pool
 
@@ -334,12 +334,12 @@ def test_a_checkpoint_without_the_layer_is_refused(engine: None, nano_mla: str, 
 def test_a_drafts_rows_have_the_dtype_in_which_they_travel(
     engine: None, nextn: Path, cache: str, given: str | None, dtype: torch.dtype
 ) -> None:
-    """All rows of an agent are read as one dtype, and a draft's beside sketched rows (fp8_e4m3) as the model's."""
+    """All rows of an agent have one dtype; a draft's rows beside sketched ones (fp8_e4m3) have the model's."""
     from sglang_tpla.host.speculation import check_draft
 
     args = arguments(model_path=str(nextn), kv_cache_dtype=cache, speculative_draft_kv_cache_dtype=given)
     text = SimpleNamespace(num_nextn_predict_layers=1, num_hidden_layers=4)
-    # by ``configure_kv_cache_dtype`` of ``sglang/srt/mem_cache/kv_cache_dtype.py``, and `keep_precision`
+    # This follows ``configure_kv_cache_dtype`` of ``sglang/srt/mem_cache/kv_cache_dtype.py`` and `keep_precision`.
     draft = {None: torch.bfloat16 if cache == "bf16" else dtype, "auto": dtype}.get(given, torch.bfloat16)
     travels = torch.bfloat16 if cache == "bf16" else dtype
     if draft == travels:
@@ -352,7 +352,7 @@ def test_a_drafts_rows_have_the_dtype_in_which_they_travel(
 
 
 def test_servers_with_other_drafts_are_not_of_one_model(engine: None, nextn: Path, tmp_path: Path) -> None:
-    """Either weight of the draft counts where it is used, and registration compares the whole identity."""
+    """Every weight of the draft counts on a server that speculates; registration compares the whole identity."""
     from sglang_tpla.host.process import model_identity
 
     def identity(model: Path, algorithm: str | None) -> str:

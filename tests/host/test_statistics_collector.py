@@ -1,4 +1,4 @@
-"""Statistics of a prefill server count what it serves: no captured graph hides prompts, and no made-up token counts."""
+"""Statistics of a prefill server count served tokens: no captured graph hides prompts, and no made-up token counts."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,6 +1,6 @@
 """Models whose language model is wrapped: SGLang's own classes are hooked, loaded, folded and observed.
 
-``tests/e2e/test_models.py`` has them in real servers.
+``tests/e2e/test_models.py`` runs these models in real servers.
 """
 
 from pathlib import Path
@@ -58,7 +58,7 @@ def deepseek_vl2() -> tuple[torch.nn.Module, str, dict[str, Any]]:
 
 
 WRAPPED = pytest.mark.parametrize("make", [kimi_vl, kimi_k25, deepseek_vl2])
-QUIET = pytest.mark.filterwarnings("ignore")  # SGLang's own imports warn of what a CPU lacks
+QUIET = pytest.mark.filterwarnings("ignore")  # SGLang's own imports warn on a CPU
 
 
 @WRAPPED

@@ -1,10 +1,11 @@
 """The paged latent decode kernels of this package as an attention backend of SGLang: ``--attention-backend tpla``.
 
-It serves the decode steps of a decode server, with CUDA graphs: it refills page table and lengths in fixed buffers and
-plans on the device before each step, for every kind of layer, and reads nothing back. A speculating server verifies a
-chain of guesses as several query tokens of a request, and runs its draft layer here as well. Kernels for Hopper read
-plain and sketched rows; on a CPU the twin does. A decode server computes no prompts, so there is no other extend. The
-class implements ``AttentionBackend`` of ``sglang/srt/layers/attention/base_attn_backend.py``.
+The backend serves the decode steps of a decode server, with CUDA graphs: before each step it refills page table and
+lengths in fixed buffers and plans on the device, for every kind of layer, and reads nothing back. A speculating server
+verifies a chain of guesses as several query tokens of a request, and runs its draft layer here as well. Kernels for
+Hopper read plain and sketched rows; on a CPU the PyTorch twin reads them. A decode server computes no prompts, so no
+other kind of extend is served. The class implements ``AttentionBackend`` of
+``sglang/srt/layers/attention/base_attn_backend.py``.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class Queries:
     """The query tokens of one backend's forwards.
 
     Args:
-        per_request: query tokens of a request in a forward, the last ones of its cache.
-        ahead: tokens that its cache holds beyond SGLang's ``seq_lens`` when the forward attends.
+        per_request: query tokens of a request in a forward, which are the last tokens of its cache.
+        ahead: tokens that the request's cache holds beyond SGLang's ``seq_lens`` when the forward attends.
     """
 
     per_request: int = 1
@@ -51,11 +52,11 @@ class Queries:
 
 
 class TplaDecodeBackend(AttentionBackend):
-    """The backend of the module's text. A rank has one, and a draft model one a drafted token and one for its extend.
+    """The attention backend described above; a rank has one, and a draft model has more (`DraftSteps`).
 
     Args:
         runner: SGLang's ModelRunner, of the target or of the draft.
-        queries: queries of each forward; by default those of the runner's own backend.
+        queries: the queries of each forward; by default those of the runner's own backend.
     """
 
     needs_cpu_seq_lens = False
@@ -83,9 +84,9 @@ class TplaDecodeBackend(AttentionBackend):
         self._make_buffers(-(-self.req_to_token_pool.size // ranks) * ranks)
 
     def shared_read_ends(self, forward_mode: Any) -> Any:
-        """Return the end of reads of SGLang's page table: the last layer, because every layer's kernel reads the table.
+        """Return the last layer as the end of reads of SGLang's page table, because every layer's kernel reads it.
 
-        SGLang from 0.5.18 on asks for it; its default is that reads end before the first layer.
+        SGLang calls this from 0.5.18 on; by default it takes reads to end before the first layer.
         """
         return compat.reads_until_replay_ends()
 
@@ -116,8 +117,8 @@ class TplaDecodeBackend(AttentionBackend):
     def _make_verify_mask(self, max_batch: int) -> Any:
         """Make the buffer into which SGLang writes the mask of a verified tree.
 
-        Nothing reads it, since a chain is causal. Without it SGLang allocates a mask over the whole context at every
-        step.
+        Nothing reads the mask, since a chain is causal. Without the buffer SGLang allocates a mask over the whole
+        context at every step.
         """
         if self._is_draft or self._queries.per_request == 1:
             return None
@@ -138,7 +139,7 @@ class TplaDecodeBackend(AttentionBackend):
         return self._verify_mask
 
     def update_verify_buffers_to_fill_after_draft(self, spec_info: Any, cuda_graph_bs: int | None) -> None:
-        """Do nothing: a plan depends on lengths alone, which are known before the drafts."""
+        """Do nothing: a plan depends only on lengths, which are known before the drafts."""
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Make larger buffers before the first capture if need be; from then on graphs keep their addresses."""
@@ -155,7 +156,7 @@ class TplaDecodeBackend(AttentionBackend):
 
     @staticmethod
     def _serves(mode: Any) -> bool:
-        """Whether the mode is a decode step, a verification of drafts, or the draft layer's extend after it."""
+        """Return whether the mode is a decode step, a verification of drafts, or the draft layer's extend after it."""
         return bool(mode.is_decode() or mode.is_target_verify() or mode.is_draft_extend_v2())
 
     def plan(self, forward_batch: Any) -> None:
@@ -189,7 +190,7 @@ class TplaDecodeBackend(AttentionBackend):
         if shape.kind != "plain":
             cache = cache.view(torch.uint8)
         if k is not None and save_kv_cache:
-            # plain rows: the layer has written sketched ones
+            # These are plain rows; the layer has written sketched rows already.
             if k_rope is not None:
                 self.token_to_kv_pool.set_mla_kv_buffer(layer, forward_batch.out_cache_loc, k, k_rope)
             else:

@@ -1,9 +1,9 @@
 """The backends of the draft model's attention on a server that speculates.
 
-SGLang makes them in a factory of its own (``DraftBackendFactory`` in ``sglang/srt/speculative/draft_utils.py``): one
-for each guessed token but the last, and one that extends the draft's cache by verified tokens. The factory's tables are
-closed and lack ``tpla`` and ``torch_native``. It also names its choice to nobody, so that a draft layer would take the
-target's backend for its own and hand over keys in the wrong form.
+SGLang's ``DraftBackendFactory`` (``sglang/srt/speculative/draft_utils.py``) makes a backend for each guessed token but
+the last, and one that extends the draft's cache by verified tokens. The factory's tables are closed and lack ``tpla``
+and ``torch_native``. The factory also records its choice nowhere, so a draft layer would take the target's backend for
+its own and hand over keys in the wrong form.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ PLAIN = "torch_native"
 
 
 class DraftSteps:
-    """Backends with this package's kernels for a draft model that guesses a chain of tokens, one a guessed token.
+    """Backends with this package's kernels for a draft model that guesses a chain: one for each guess but the last.
 
     Guess i is computed with i + 1 tokens in the cache beyond the verified ones.
     """
@@ -69,14 +69,14 @@ def extending_backend(original: Callable[..., Any], self: Any) -> Any:
         return named(original(self), name)
     from sglang_tpla.host.attention.backend import TplaDecodeBackend
 
-    own = runner.attn_backend  # this is it, unless the server computes prompts with another backend
+    own = runner.attn_backend  # our backend, unless the server computes prompts with another one
     return named(own if isinstance(own, TplaDecodeBackend) else TplaDecodeBackend(runner), name)
 
 
 def capture_graphs(original: Callable[[Any], None], self: Any) -> None:
     """Hook around ``EagleDraftWorker._capture_cuda_graphs``: capture the draft layer's extend over our kernels as well.
 
-    SGLang captures it only for a list of its own backends, and never on a CPU.
+    SGLang captures that extend only for a list of its own backends, and never on a CPU.
     """
     if self.device == "cpu":
         self.cuda_graph_runner = self.cuda_graph_runner_for_draft_extend = None

@@ -2,7 +2,7 @@
 
 SGLang's names are not those of kernels: its ``flashinfer`` lets FlashInfer choose a template by the GPU, its ``fa3`` is
 the FlashAttention-3 of sgl_kernel, which takes value widths of 256 and more, and ``tpla`` is this package's kernel
-(``host/attention/backend.py``). Needs no SGLang and no GPU.
+(``host/attention/backend.py``). This module needs neither SGLang nor a GPU.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ FA3_WIDTHS = (256, 320, 512)  # measured right on an H200; the kernel refuses wi
 
 
 def triton_serves(latent_dim: int, rope_dim: int) -> bool:
-    """Whether SGLang's Triton decode compiles: key and value columns must form blocks of one size.
+    """Return whether SGLang's Triton decode compiles: key and value columns must form blocks of one size.
 
-    It follows ``_decode_grouped_att_m_fwd`` in ``sglang/kernels/ops/attention/decode_attention.py``, which splits off
-    the rope of 512 + 64 and 256 + 32 alone. On an H200, 80 + 32 was right, and the compiler refused 128 + 32 and
+    The rule follows ``_decode_grouped_att_m_fwd`` in ``sglang/kernels/ops/attention/decode_attention.py``, which splits
+    off the rope only for 512 + 64 and 256 + 32. On an H200, 80 + 32 was right, and the compiler refused 128 + 32 and
     256 + 64 at the first step.
     """
 
@@ -31,7 +31,7 @@ def triton_serves(latent_dim: int, rope_dim: int) -> bool:
 
 
 def engine_unsupported_reason(name: str, shape: DecodeShape, capability: Capability) -> str | None:
-    """Return the reason for which an attention backend of the engine must not decode this shape there; None if it may.
+    """Return the reason why an attention backend of the engine must not decode this shape there, or None if it may.
 
     Args:
         name: value of ``--attention-backend`` (or ``--decode-attention-backend``).
@@ -60,7 +60,7 @@ def engine_unsupported_reason(name: str, shape: DecodeShape, capability: Capabil
         return kernels["flashinfer_fa3" if capability == (9, 0) else "flashinfer_fa2"].unsupported_reason(
             shape, capability
         )
-    if name == OURS:  # it gathers single tokens, whatever the page size of the pool
+    if name == OURS:  # our kernel gathers single tokens, whatever the page size of the pool
         kernel = kernels["reference" if capability is None else "hopper"]
         return kernel.unsupported_reason(replace(shape, page_size=1), capability)
     if name == "fa3":
@@ -71,7 +71,7 @@ def engine_unsupported_reason(name: str, shape: DecodeShape, capability: Capabil
 
 
 def require_engine_backend(name: str, shape: DecodeShape, capability: Capability) -> None:
-    """Refuse an attention backend of the engine that is wrong, faults or was never measured at this shape.
+    """Refuse an attention backend of the engine that is wrong, crashes or was never measured at this shape.
 
     Raises:
         BackendRefusal: with the reason and with the backends to use instead.
@@ -101,5 +101,5 @@ def preferred_backend(shapes: Sequence[DecodeShape], capability: Capability, sto
     for name in (stock, OURS, "triton"):
         if all(engine_unsupported_reason(name, shape, capability) is None for shape in shapes):
             return name
-    # PyTorch takes every width of plain rows; ours refuses other rows at start, with the reason
+    # PyTorch takes every width of plain rows; for other rows, our backend is refused at start with the reason.
     return "torch_native" if all(shape.kind == "plain" for shape in shapes) else OURS

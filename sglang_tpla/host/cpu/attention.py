@@ -32,8 +32,8 @@ def extend(
     sliding_window_size: int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Hook around ``_run_sdpa_forward_extend`` for causal attention over one shared latent head alone."""
-    # Without a prefix SGLang's own step pads nothing, and gives stock's numbers to the last bit.
+    """Hook around ``_run_sdpa_forward_extend``, only for causal attention over one shared latent head."""
+    # Without a prefix SGLang's own step pads nothing, and equals stock SGLang to the last bit.
     unpadded = not bool(extend_prefix_lens.any())
     plain = causal and encoder_lens is None and sliding_window_size is None
     if unpadded or k_cache.shape[1] != 1 or not plain:

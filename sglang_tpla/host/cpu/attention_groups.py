@@ -1,7 +1,7 @@
-"""Data-parallel attention on a CPU: SGLang copies and pads as on a device unless its own CPU engine runs.
+"""Data-parallel attention on a CPU, where SGLang copies and pads as on a device unless its own CPU engine runs.
 
-From 0.5.19 on SGLang has a way for CPUs beside that for devices, but its switch also asks for AMX kernels. These hooks
-choose that way here. They follow ``sglang/srt/layers/dp_attention.py`` and
+From 0.5.19 on SGLang has a code path for CPUs, but the switch for that path also asks for AMX kernels. These hooks take
+the path without the switch. They follow ``sglang/srt/layers/dp_attention.py`` and
 ``sglang/srt/model_executor/forward_batch_info.py``.
 """
 
@@ -24,9 +24,9 @@ def padding_mode(cls: Any, is_extend_in_batch: bool, global_num_tokens: list[int
 
 
 def prepare(original: Callable[..., None], batch: Any, model_runner: Any) -> None:
-    """Hook around ``ForwardBatch.prepare_mlp_sync_batch``: use memory that is not pinned, and the CPU's padding.
+    """Hook around ``ForwardBatch.prepare_mlp_sync_batch``: use unpinned memory and the CPU's padding.
 
-    ``TorchNativeAttnBackend`` gives no length for a request that only pads; such a request has one token.
+    ``TorchNativeAttnBackend`` names no length for a request that only pads; here such a request has one token.
     """
     from sglang.srt.model_executor import forward_batch_info
 

@@ -1,4 +1,4 @@
-"""Grammars on a CPU: SGLang's use of xgrammar needs pinned memory and a Triton kernel, which only a device has.
+"""Grammars on a CPU: SGLang's use of xgrammar needs pinned memory and a Triton kernel, which only a device offers.
 
 The hooks follow ``sglang/srt/constrained/xgrammar_backend.py``. xgrammar itself masks logits on a CPU.
 """

@@ -1,8 +1,8 @@
 """A memory budget for each rank of the CPU reference platform.
 
-On a CPU every rank sees the whole machine and would take most of it for its cache, and two ranks would take it twice.
-Here a rank has a twelfth of the machine, or ``SGLANG_TPLA_CPU_MEMORY_BYTES``, for weights and cache, beyond the memory
-that the process held when it first asked. The hook follows ``get_available_gpu_memory`` of
+On a CPU every rank sees the memory of the whole machine and would take most of it for its cache; two ranks would take
+it twice. Here each rank may use a twelfth of the machine's memory, or ``SGLANG_TPLA_CPU_MEMORY_BYTES``, for weights and
+cache, beyond the memory that the process held when it first asked. The hook follows ``get_available_gpu_memory`` of
 ``sglang/srt/utils/common.py``.
 """
 
@@ -20,10 +20,10 @@ SHARE = 12
 
 
 def budget_bytes() -> int:
-    """Return the bytes of one rank.
+    """Return the memory budget of one rank in bytes.
 
     Raises:
-        ConfigError: a variable that is no whole number.
+        ConfigError: the variable is not a whole number, or is negative.
     """
     given: int = parsed(os.environ.get(CPU_MEMORY_VARIABLE, "0"), "int", CPU_MEMORY_VARIABLE)
     if given < 0:

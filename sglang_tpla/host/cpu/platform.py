@@ -1,7 +1,7 @@
 """CPU reference platform: real SGLang servers on any x86 machine, without AMX, vllm or Triton.
 
-It is an out-of-tree platform (entry point group ``sglang.srt.platforms``), active only where
-``SGLANG_PLATFORM=sglang_tpla_cpu`` asks for it. It chooses existing parts: gloo, the ``torch_native`` attention
+This out-of-tree platform (entry point group ``sglang.srt.platforms``) is active only if
+``SGLANG_PLATFORM=sglang_tpla_cpu`` asks for it, and chooses existing parts: gloo, the ``torch_native`` attention
 backend, PyTorch sampling, and the absorbed MLA path. The class follows ``sglang/srt/platforms/interface.py`` and
 ``sglang/srt/mem_cache/kv_cache_configurator.py``. SGLang imports this module while it imports itself, so the methods
 import everything else of SGLang.
@@ -25,15 +25,15 @@ class CpuReferencePlatform(SRTPlatform):
         from sglang_tpla.host.disaggregation.engine_memory import BYTES_CACHE
         from sglang_tpla.host.process import serves_decode
 
-        # By now SGLang has chosen intel_amx for "cpu", whose kernels need AMX.
+        # By now SGLang has chosen intel_amx for the device "cpu", but the kernels of intel_amx need AMX.
         if server_args.attention_backend in (None, "intel_amx"):
-            # Only our own twin reads rows in bytes and takes several query tokens of a request.
+            # Only our own twin reads rows in bytes and takes several query tokens a request.
             ours = server_args.kv_cache_dtype == BYTES_CACHE or server_args.speculative_algorithm is not None
             server_args.attention_backend = OURS if ours and serves_decode() else "torch_native"
         server_args.sampling_backend = "pytorch"
         # Overlap scheduling hides CPU work behind a device; here both are the same cores.
         server_args.disable_overlap_schedule = True
-        # An idle scheduler otherwise spins on a core that its neighbours need.
+        # An idle scheduler otherwise spins on a core that other processes need.
         server_args.sleep_on_idle = True
 
     def get_default_attention_backend(self) -> str:
@@ -59,7 +59,7 @@ class CpuReferencePlatform(SRTPlatform):
         return single_token_allocator
 
     def supports_speculative_algorithm(self, algorithm: str) -> bool:
-        """Asked from 0.5.21 on; which of them is served is said before (``host/speculation.py``)."""
+        """Return True: before SGLang (0.5.21 on) asks, ``host/speculation.py`` has refused unsupported algorithms."""
         return True
 
     def get_compile_backend(self, mode: str | None = None) -> str:

@@ -33,5 +33,5 @@ def rope(
 
 
 def keep_sizes(original: Callable[..., Any], model_config: Any, load_config: Any, tp_size: int) -> Any:
-    """Replace ``adjust_config_with_unaligned_cpu_tp``, and keep the config as it is."""
+    """Replace ``adjust_config_with_unaligned_cpu_tp``, and leave the config unchanged."""
     return model_config

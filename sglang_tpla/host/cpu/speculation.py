@@ -1,6 +1,6 @@
 """Speculative decoding on the CPU reference platform: plain PyTorch where SGLang has kernels for GPUs and for AMX.
 
-It serves only chains of guesses (``--speculative-eagle-topk 1``), in which guess i + 1 follows guess i. Each function
+Only chains of guesses (``--speculative-eagle-topk 1``) are served, in which guess i + 1 follows guess i. Each function
 hooks the one of the same purpose in ``sglang/srt/speculative/eagle_utils.py``, ``sglang/srt/mem_cache/allocation.py``
 or ``sglang/kernels/ops/speculative/``.
 """
@@ -47,7 +47,7 @@ def build_chain(
 def verify_chain(
     original: Callable[..., Any],
     predicts: torch.Tensor,  # [requests * tokens] int32, filled
-    accept_index: torch.Tensor,  # [requests, guesses + 1] int32, -1, filled up to what is accepted
+    accept_index: torch.Tensor,  # [requests, guesses + 1] int32, -1, filled for accepted tokens
     accept_token_num: torch.Tensor,  # [requests] int32, filled: accepted guesses
     candidates: torch.Tensor,  # [requests, tokens], each request's guesses after its last token
     target_predict: torch.Tensor,  # [requests, tokens]
@@ -82,12 +82,12 @@ def sample_chain(
     accept_token_num: torch.Tensor,
     candidates: torch.Tensor,  # [requests, tokens]
     probabilities: torch.Tensor,  # [requests, tokens, vocabulary]: the target's, after each token
-    coins: torch.Tensor,  # [requests, tokens] in [0, 1): one a guess
+    coins: torch.Tensor,  # [requests, tokens] in [0, 1): one for each guess
     last_coins: torch.Tensor,  # [requests] in [0, 1)
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Accept each guess with the target's own probability of it, and at the first refusal sample from all other tokens.
+    """Accept each guess with the target's probability of it; at the first refusal, sample from all other tokens.
 
-    So every token has the target's distribution for any guesses.
+    Every token then has the target's distribution, whatever the guesses are.
     """
     requests, tokens = candidates.shape
     guesses = candidates[:, 1:, None].long()
@@ -112,9 +112,9 @@ def sample_or_verify(
     *rest: Any,
     **named: Any,
 ) -> Any:
-    """Stand for ``eagle_sample``: verify requests that sample, for which SGLang has only a GPU's kernels.
+    """Replace ``eagle_sample`` for requests that sample, which SGLang verifies only with a GPU's kernels.
 
-    Penalties are in the logits (``host/penalties.py``).
+    The logits already contain the penalties (``host/penalties.py``).
     """
     info = batch.sampling_info
     if batch.forward_mode.is_idle() or info.is_all_greedy:
@@ -145,7 +145,7 @@ def sample_or_verify(
         torch.rand(requests),
     )
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        for shared in (predicts, index, count):  # every rank draws, and all take the first one's draw
+        for shared in (predicts, index, count):  # every rank draws, and all ranks take the draw of rank 0
             torch.distributed.broadcast(shared, src=0)
     return predicts, count + 1, index
 
@@ -155,7 +155,7 @@ def limited(
     top_ks: torch.Tensor | None,  # [rows]
     top_ps: torch.Tensor | None,  # [rows]
 ) -> torch.Tensor:
-    """Keep only the likeliest tokens: ``top_k`` of them, or as many as hold ``top_p`` of the probability."""
+    """Keep only the likeliest tokens: ``top_k`` of them, or as many as make up ``top_p`` of the probability."""
     ordered, places = probabilities.sort(dim=-1, descending=True)
     if top_ks is not None:
         ordered[torch.arange(ordered.shape[1]) >= top_ks[:, None]] = 0
@@ -202,7 +202,7 @@ def extend_slots(
 
 
 class GuessSlots:
-    """Stands for the kernel ``assign_draft_cache_locs_contiguous``, which finds the slots of the guesses' rows."""
+    """Stands in for the kernel ``assign_draft_cache_locs_contiguous``, which finds the slots of the guesses' rows."""
 
     def __class_getitem__(cls, grid: Any) -> Callable[..., None]:
         return cls.assign
@@ -239,6 +239,6 @@ def reserve_slots(
 
 
 def share_embedding(original: Callable[..., None], self: Any, embed: Any, head: Any) -> None:
-    """Hook around the draft's ``set_embed_and_head``, in which SGLang also empties a GPU's cache."""
+    """Hook around the draft's ``set_embed_and_head``: share both, without emptying a GPU's cache as SGLang does."""
     del self.model.embed_tokens.weight, self.lm_head.weight
     self.model.embed_tokens.weight, self.lm_head.weight = embed, head

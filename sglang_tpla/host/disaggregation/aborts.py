@@ -1,10 +1,10 @@
 """Abort one request and no other, and tell its peer.
 
 The hook is around ``Scheduler.abort_request`` in ``sglang/srt/managers/scheduler.py``. SGLang aborts every request
-whose id begins with the named one, another client's too. It also takes an aborted request out of the waiting queue
+whose id begins with the named one, another client's too. SGLang also takes an aborted request out of the waiting queue
 without telling its sender, which leaves the room open on the prefill rank for good and makes the decode server wait for
-the transfer's deadline. And it passes over requests that ``pause_generation`` took back from a decode server, which are
-computed to their end after ``continue_generation``.
+the transfer's deadline. Finally, SGLang overlooks requests that ``pause_generation`` took back from a decode server,
+and computes them to their end after ``continue_generation``.
 """
 
 import re
@@ -15,14 +15,14 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
 from sglang_tpla.host.requests.declined import DECLINED, RESERVED, decline
 
-HELD = "held_rebootstrap_reqs"  # of a paused decode server
+HELD = "held_rebootstrap_reqs"  # the retracted requests of a paused decode server
 SAMPLE = re.compile(r"_[0-9a-f]{32}")  # SGLang's suffix for the samples of one request
 
 
 def abort(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
     """Abort the named request and its samples, after telling the decode ranks of waiting ones."""
     if recv_req.rid == DECLINED:
-        if recv_req.abort_message:  # a client's abort has none, whatever its id
+        if recv_req.abort_message:  # a client's abort has no message, whatever its id
             decline(self, recv_req)
         return None
     named = recv_req.rid
@@ -31,7 +31,7 @@ def abort(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
         for req in live_requests(self):
             if req.rid.startswith(named) and req.rid != named and not SAMPLE.fullmatch(req.rid[len(named) :]):
                 others.append(req)
-                req.rid = RESERVED + req.rid  # no client's id begins so
+                req.rid = RESERVED + req.rid  # no client's id begins with this prefix
     try:
         # later releases abort the sender in their own code
         if not hasattr(self, "release_aborted_prefill_waiting_req"):
@@ -44,7 +44,7 @@ def abort(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
 
 
 def live_requests(scheduler: Any) -> Iterator[Any]:
-    """Every request that a scheduler holds, once."""
+    """Yield every request that a scheduler holds, once."""
     queues = [scheduler.waiting_queue, scheduler.grammar_manager.grammar_queue]
     for name in ("disagg_prefill_bootstrap_queue", "disagg_decode_prealloc_queue", "disagg_decode_transfer_queue"):
         holder = getattr(scheduler, name, None)
@@ -71,7 +71,7 @@ def drop_waiting(self: Any, recv_req: Any) -> None:
 
 
 def answer_held(self: Any, recv_req: Any) -> None:
-    """Answer aborted requests that wait for ``continue_generation``, as running ones are: with what was said so far."""
+    """Answer aborted requests that wait for ``continue_generation`` like running ones, with the tokens so far."""
     queue = getattr(self, "disagg_decode_prealloc_queue", None)
     held = getattr(queue, HELD, None) or []
     aborted = [req for req in held if recv_req.abort_all or req.rid.startswith(recv_req.rid)]

@@ -1,8 +1,9 @@
 """SGLang's bootstrap server (``sglang/srt/disaggregation/common/conn.py``) with a check of registrations.
 
-It takes the prefill server's ``--disaggregation-bootstrap-port``, or ends the server. It registers only ranks of this
-server, because another server's would be found in their place. Besides SGLang's routes it has ``GET /challenge`` and
-``GET /registrations`` (the number accepted, and refused for each reason), the latter also as Prometheus series.
+The bootstrap server listens on the prefill server's ``--disaggregation-bootstrap-port``, or ends the process. Only this
+prefill server's ranks may register, because decode servers would find another server's ranks in their place. Besides
+SGLang's routes there are ``GET /challenge`` and ``GET /registrations`` (the number accepted, and refused for each
+reason), the latter also as Prometheus series.
 """
 
 import asyncio
@@ -27,7 +28,7 @@ from sglang_tpla.transfer.network.security import Security
 
 logger = logging.getLogger(__name__)
 OWN_PORT = "give each prefill server of a machine its own --disaggregation-bootstrap-port"
-MALFORMED = (KeyError, TypeError, ValueError, RecursionError, AttributeError)  # what a wrong body or query raises
+MALFORMED = (KeyError, TypeError, ValueError, RecursionError, AttributeError)  # raised by a wrong body or query
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 
@@ -145,14 +146,14 @@ def listening(host: str, port: int) -> socket.socket:
 
 
 def port_taken(host: str, port: int, error: OSError) -> str:
-    """Return the reason for which a prefill server with this bootstrap port does not start."""
+    """Return the reason why a prefill server with this bootstrap port does not start."""
     return f"the bootstrap server cannot listen on {host}:{port}: {error.strerror or error}; {OWN_PORT}"
 
 
 def readable_by_all(answer: web.Response) -> web.Response:
-    """Leave out of a layout what every release takes for granted.
+    """Leave out the fields of a layout that have their default value.
 
-    A decode server makes ``PrefillServerInfo`` of all that it is told, and an older release's has not all fields.
+    A decode server makes a ``PrefillServerInfo`` of all fields that it receives, and an older release lacks some.
     """
     if answer.status != 200 or answer.content_type != "application/json":
         return answer
@@ -182,7 +183,7 @@ def registration(manager: Any) -> Registrar:
     """Return the registration of a prefill rank, with the payload of ``CommonKVManager.register_to_bootstrap``.
 
     Args:
-        manager: a `TplaKVManager`, to whose ``local_ip`` and ``rank_port`` decode servers shall connect.
+        manager: a `TplaKVManager`; decode servers connect to its ``local_ip`` and ``rank_port``.
     """
     if manager.dist_init_addr:  # the first of several machines has the bootstrap server
         host = NetworkAddress.parse(manager.dist_init_addr).resolved().host
@@ -199,11 +200,12 @@ def registration(manager: Any) -> Registrar:
         "pp_size": manager.pp_size,
         "pp_rank": manager.pp_rank,
         "system_dp_size": manager.system_dp_size,
-        "system_dp_rank": manager.system_dp_rank % manager.system_dp_size,  # SGLang's may be an attention group's
+        "system_dp_rank": manager.system_dp_rank % manager.system_dp_size,  # may be an attention group's
         "rank_ip": manager.local_ip,
         "rank_port": manager.rank_port,
         "page_size": manager.kv_args.page_size,
-        "kv_cache_dtype": None,  # SGLang wants equal types on both sides; ours may differ, and registration compares
+        # SGLang wants equal types on both sides; ours may differ, and our own registration compares them.
+        "kv_cache_dtype": None,
         "load_balance_method": parallel.load_balance_method,
         "enable_dsa_cache_layer_split": parallel.enable_dsa_cache_layer_split,
         "prefill_http_port": get_serving().port,
@@ -225,7 +227,7 @@ def registration(manager: Any) -> Registrar:
 
 
 def _series() -> Any:
-    """Return the counter of registrations, if this process publishes metrics, for which SGLang then names a folder."""
+    """Return the counter of registrations, or None where SGLang names no folder for metrics and so publishes none."""
     if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         return None
     from prometheus_client import REGISTRY, Counter

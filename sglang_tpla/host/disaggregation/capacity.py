@@ -1,16 +1,18 @@
-"""Refuse prompts that never fit at once, with the number, and tell the other side.
+"""Refuse at once prompts that can never fit, with the number of tokens that do, and tell the other server.
 
 The hook is around ``_check_if_req_exceed_kv_capacity`` of ``PrefillBootstrapQueue`` and ``DecodePreallocQueue`` in
 ``sglang/srt/disaggregation/{prefill,decode}.py``, which check a request before its sender or receiver is made. SGLang's
-decode compares the prompt with its whole cache. A prompt that fits there, but not with the tokens that SGLang reserves
-for decoding, would wait at the head of the queue for ever, and so would every request behind it.
+decode server compares the prompt with its whole cache. A prompt that fits into the cache, but not together with the
+tokens that SGLang reserves for decoding, would wait at the head of the queue for ever, and so would every request
+behind it.
 
-After ``pause_generation`` with retraction prefill computes the prompt and the answer so far anew, as one prompt. Beside
-it SGLang keeps as many tokens free as the whole answer may have, so that a long answer would wait for ever as well.
+After ``pause_generation`` with retraction, prefill computes the prompt and the answer so far anew, as one prompt.
+Beside that prompt SGLang keeps as many tokens free as the whole answer may have, so a long answer would wait for ever
+as well.
 
-An answer that fills decode's cache ends there (``init_req_max_new_tokens`` of ``sglang/srt/managers/scheduler.py``).
-SGLang does not count there what a request that guesses must find free before each step, and aborts it as out of memory
-with status 500, which routers try again; so such an answer ends some tokens earlier.
+``init_req_max_new_tokens`` of ``sglang/srt/managers/scheduler.py`` ends an answer that fills the decode server's cache.
+That limit leaves out the slots that a speculating request must find free before each step; SGLang would abort such a
+request as out of memory with status 500, which routers retry. Here such an answer ends some tokens earlier.
 """
 
 from collections.abc import Callable
@@ -25,7 +27,7 @@ from sglang_tpla.transfer.room import REFUSED
 
 
 def exceeds(original: Callable[..., bool], self: Any, req: Any) -> bool:
-    """Return whether a request was refused; otherwise note its length for the room that is opened next."""
+    """Return whether a request was refused; if it was not, note its length for the room that is opened next."""
     manager = self.kv_manager
     if not isinstance(manager, TplaKVManager):
         return original(self, req)
@@ -43,19 +45,19 @@ def exceeds(original: Callable[..., bool], self: Any, req: Any) -> bool:
     if manager.agent.role == "decode" and not self.scheduler.spec_algorithm.is_none():
         leave_slots_for_guesses(self, req)
     if anew:
-        req.sampling_params.max_new_tokens -= anew  # only what is still to be said counts, until the rows have come
+        req.sampling_params.max_new_tokens -= anew  # until the rows have come, only the rest of the answer counts
     if req.bootstrap_room is not None:
         manager.note_prompt(req.bootstrap_room, tokens)
     return False
 
 
 def recomputed_tokens(req: Any) -> int:
-    """Return how much of an answer prefill computes anew: all of it but the last token, after a retraction; else 0."""
+    """Return how many tokens of an answer prefill computes anew: all but the last after a retraction, otherwise 0."""
     return len(req.output_ids) if getattr(req, "pd_rebootstrap_in_progress", False) else 0
 
 
 def leave_slots_for_guesses(queue: Any, req: Any) -> None:
-    """Shorten an answer that would end only where the cache is full: a step takes slots for two steps' tokens."""
+    """Shorten an answer that would end only where the cache is full, since a step takes slots for two steps' tokens."""
     pages = queue.token_to_kv_pool_allocator.page_size
     most = queue.max_total_num_tokens - len(req.origin_input_ids) - 2 * MAX_QUERY_LEN - pages
     if req.sampling_params.max_new_tokens > most:
@@ -63,10 +65,11 @@ def leave_slots_for_guesses(queue: Any, req: Any) -> None:
 
 
 def never_fits(queue: Any, tokens: int, anew: int) -> str:
-    """Return the reason for which a prompt would wait for ever; empty if it would not.
+    """Return the reason why a prompt would wait for ever, or an empty text if it would not.
 
     Args:
-        tokens: of the prompt, of which ``anew`` are those of an answer that prefill computes anew.
+        tokens: tokens of the prompt.
+        anew: those of them that belong to an answer that prefill computes anew.
     """
     most = queue.max_total_num_tokens - queue.num_reserved_decode_tokens
     if tokens <= most:

@@ -30,7 +30,7 @@ class _CudaBytes:
 
 
 def bytes_at(pointer: int, nbytes: int, device: torch.device) -> torch.Tensor:
-    """Return a view uint8 ``[nbytes]`` of memory that another owner keeps alive."""
+    """Return a uint8 view ``[nbytes]`` of memory that another owner keeps alive."""
     if device.type == "cuda":
         return torch.as_tensor(_CudaBytes(pointer, nbytes), device=device)
     return torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(pointer), dtype=torch.uint8)
@@ -80,8 +80,8 @@ def cache_pool(kv_args: Any, server_args: Any, rows: RowFormat | None = None) ->
 def prompt_limits(kv_args: Any, server_args: Any) -> Limits:
     """Return the longest prompt that the scheduler of this rank takes.
 
-    It follows ``get_worker_info`` in ``managers/tp_worker.py`` and, on decode, ``_check_if_req_exceed_kv_capacity``
-    with the tokens that a request must find free beside its prompt.
+    The limit follows ``get_worker_info`` in ``managers/tp_worker.py`` and, on decode,
+    ``_check_if_req_exceed_kv_capacity`` with the tokens that a request must find free beside its prompt.
     """
     args = compat.resolved(server_args)
     if args.allow_auto_truncate:

@@ -1,9 +1,9 @@
 """SGLang's scheduler-level disaggregation on the ZMQ transfer agents.
 
 SGLang makes a manager for each rank, a sender for each request on prefill and a receiver for each request on decode
-(``sglang/srt/disaggregation/common/conn.py``). Here they are thin: `PrefillAgent` and `DecodeAgent` move everything and
-alone decide who is alive, so a bootstrap server that is away fails no transfer. The rank mapping is SGLang's with one
-change: every decode rank asks every tensor-parallel prefill rank.
+(``sglang/srt/disaggregation/common/conn.py``). Here these classes are thin: `PrefillAgent` and `DecodeAgent` move
+everything and alone decide which peers are alive, so an unreachable bootstrap server fails no transfer. The rank
+mapping is SGLang's with one change: every decode rank asks every tensor-parallel prefill rank.
 """
 
 import logging
@@ -143,15 +143,15 @@ class TplaKVManager(CommonKVManager):
         self._prompt = room, tokens
 
     def noted_prompt(self, room: int | None) -> int:
-        """Return the length of the prompt that was noted for a room; 0: not known."""
+        """Return the length of the prompt that was noted for a room, or 0 where none was."""
         noted, tokens = self._prompt
         return tokens if noted == room else 0
 
     def nap_if_idle(self, room: int) -> None:
-        """Give the agent's threads the interpreter if the scheduler, which polls a room, only waits.
+        """Leave the interpreter to the agent's threads if the scheduler, which polls a room, only waits.
 
-        SGLang's loop spins during transfers. Beside it, each return of a thread from ZMQ, torch or a checksum waits for
-        the switch interval, a dozen times a chunk. A scheduler that computes is not delayed.
+        SGLang's loop spins during transfers. Without the nap, a thread that returns from ZMQ, torch or a checksum waits
+        for the switch interval, a dozen times a chunk. A scheduler that computes is not delayed.
         """
         watched, before = self._watched
         now = time.monotonic()
@@ -162,13 +162,13 @@ class TplaKVManager(CommonKVManager):
             self._watched = room, now
 
     def decline(self, room: int, host: str, port: int | None, reason: str) -> None:
-        """Tell the other side not to wait for a request that this server refused before its sender or receiver.
+        """Tell the other side not to wait for a request that this server refused before it made a sender or receiver.
 
         Args:
-            host: of the prefill server's bootstrap server, with its port.
+            host, port: the address of the prefill server's bootstrap server.
         """
         if room in self.rooms_taken:
-            return  # another request's
+            return  # the room is another request's
         try:
             if self.disaggregation_mode == DisaggregationMode.PREFILL:
                 self.agent.decline(room, reason)
@@ -183,10 +183,10 @@ class TplaKVManager(CommonKVManager):
             logger.error("room %s: %s", room, error)
 
     def _fail_prefill_recompute(self, kv_receiver: Any, reason: str) -> None:
-        """Fail a retracted request that prefill does not compute anew. A thread of SGLang's calls this.
+        """Fail a retracted request that prefill does not compute anew; one of SGLang's threads calls this.
 
-        SGLang would write into its tables by the room's number. The request may have left by then, because a client's
-        abort makes prefill refuse it as well, and the number be another request's.
+        SGLang would write into its tables by the room's number. By then the request may have left, because a client's
+        abort makes prefill refuse it as well, and the number may be another request's.
         """
         kv_receiver.give_up(reason)
 
@@ -206,15 +206,15 @@ class TplaKVManager(CommonKVManager):
                     self.prefill_info_table.pop(server, None)
 
     def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
-        """Do as SGLang, without waiting for a bootstrap server.
+        """Do as SGLang does, without waiting for a bootstrap server.
 
-        A prefill server that does not fit fails the requests that name it, and not this server.
+        An incompatible prefill server fails the requests that name it, and not this server.
         """
         if bootstrap_addr in self.prefill_info_table and not self._lookups.under_way(bootstrap_addr):
             return True
         try:
             return self._lookups.known(bootstrap_addr)
-        except Exception as error:  # a stranger's answer, too, fails only the requests that named him
+        except Exception as error:  # any answer, also a stranger's, may fail only the requests that named its server
             text = f"prefill server {bootstrap_addr} cannot serve this decode server: {error}"
             logger.error("%s (%s)", text, type(error).__name__)
             for room in list(self.addr_to_rooms_tracker.get(bootstrap_addr, ())):
@@ -229,13 +229,13 @@ class TplaKVManager(CommonKVManager):
         prefill rank sends a part. SGLang would pair equal numbers of ranks one to one and send every byte to each rank.
         """
         super()._resolve_rank_mapping(info)
-        info.target_tp_rank = None  # no rank is asked only for form's sake
+        info.target_tp_rank = None  # so that SGLang marks no rank as a dummy
         info.target_tp_ranks = range(info.attn_tp_size)
         info.required_dst_info_num = self.attn_tp_size
 
     def _look_up(self, bootstrap_addr: str) -> bool:
         """Ask for a prefill server's layout and the addresses of its ranks, on a thread that may wait."""
-        why = ""  # also of an answer that is refused: the requests that wait for it get the refusal
+        why = ""  # stays empty where an answer is refused: the waiting requests then get the refusal
         try:
             why = self._why_not_found(bootstrap_addr)
         finally:
@@ -252,13 +252,13 @@ class TplaKVManager(CommonKVManager):
         found = rank_addresses(bootstrap_addr, info)
         if not found:
             return "it does not say where its ranks are"
-        # in this order: SGLang opens a request with any layout that it finds
+        # The layout comes second, because SGLang opens a request with any layout that it finds.
         self.rank_addresses[bootstrap_addr], self.prefill_info_table[bootstrap_addr] = found, info
         return ""
 
 
 class _Aside:
-    """A manager whose table of layouts is not yet SGLang's, and which is otherwise the same."""
+    """A manager with a table of layouts that SGLang does not see yet, and otherwise the same manager."""
 
     def __init__(self, manager: TplaKVManager) -> None:
         self._manager = manager

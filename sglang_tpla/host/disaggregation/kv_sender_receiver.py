@@ -1,6 +1,6 @@
 """One request's ends in SGLang's disaggregation: a sender on prefill and a receiver on decode.
 
-They are those of ``sglang/srt/disaggregation/common/conn.py``, with this rank's transfer agent behind them.
+Both classes follow ``sglang/srt/disaggregation/common/conn.py``, with this rank's transfer agent behind them.
 """
 
 import logging
@@ -18,7 +18,7 @@ from sglang_tpla.transfer.prefill.agent import PrefillAgent
 from sglang_tpla.transfer.room import RoomState, TransferError, TransferMetric
 
 HOLD_BACK_S = 0.2
-LOOKUP_HOLD_BACK_S = 3.0  # ranks ask bootstrap servers each for itself, once a second
+LOOKUP_HOLD_BACK_S = 3.0  # each rank asks bootstrap servers by itself, once a second
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 class _Request:
     """The common part of sender and receiver: the state of one room, and the reason for its failure.
 
-    The scheduler calls all methods, but for `TplaKVReceiver.give_up`. A refusal of the agent (a room number in use,
-    pages outside the pool) fails this request alone, and the scheduler goes on.
+    The scheduler calls all methods except `TplaKVReceiver.give_up`. A refusal by the agent (a room number in use, pages
+    outside the pool) fails this request alone, and the scheduler goes on.
     """
 
     kv_mgr: TplaKVManager
@@ -36,7 +36,7 @@ class _Request:
     _opened = False  # this request's room is open in the agent
     _owner = True  # SGLang's tables under the room number are this request's
     _reason: str | None = None
-    _given_up: str | None = None  # the reason that another thread than the scheduler's has
+    _given_up: str | None = None  # the reason that a thread other than the scheduler's gave
     _highest = KVPoll.Bootstrapping
     _failed_at: float | None = None  # when this rank first saw its room failed
     _metric = TransferMetric()
@@ -51,7 +51,7 @@ class _Request:
         return True
 
     def _open(self, *peers: Any) -> None:
-        """Open the room in the agent, unless another request has it, be it an ended one that is not cleared yet."""
+        """Open the room in the agent, unless another request has it, even an ended one that is not cleared yet."""
         if self.bootstrap_room in self.kv_mgr.rooms_taken:
             self._refuse(
                 f"room {self.bootstrap_room} is in use by another request of this {self.kv_mgr.agent.role} server"
@@ -67,7 +67,7 @@ class _Request:
         logger.error("room %s: %s", self.bootstrap_room, reason)
 
     def _state(self) -> Any:
-        """Return the KVPoll of the room; a failure known to SGLang's side counts before the agent's view."""
+        """Return the KVPoll of the room; a failure that SGLang's side knows overrides the agent's view."""
         if self.conclude_state is not None:
             return self.conclude_state
         state = self.kv_mgr.request_status.get(self.bootstrap_room, KVPoll.Bootstrapping)
@@ -81,16 +81,16 @@ class _Request:
         if state in (KVPoll.Success, KVPoll.Failed):
             self.conclude_state = state
             return state
-        # The scheduler ends its process over a state that goes back. So a request that a decode rank has taken back
-        # stays in its state, until it is asked for again or fails at its deadline.
+        # The scheduler ends its process over a state that goes backwards. So a request that a decode rank has taken
+        # back keeps its state until it is asked for again or fails at its deadline.
         self._highest = max(self._highest, state)
         return self._highest
 
     def _holds_back(self) -> bool:
-        """Whether this rank still keeps a failure to itself, so that the rank that answers the client hears why first.
+        """Return whether this rank still holds back a failure, so that the rank that answers the client hears it first.
 
-        One rank's failure fails the request on all of them at once. Each finds the reason itself, or hears it from the
-        other server.
+        One rank's failure fails the request on all ranks at once. Each rank finds the reason itself, or hears it from
+        the other server.
         """
         if self.kv_mgr.attn_tp_rank == 0:
             return False
@@ -99,11 +99,11 @@ class _Request:
         return now - self._failed_at < (HOLD_BACK_S if self._opened else LOOKUP_HOLD_BACK_S)
 
     def _not_found(self) -> str:
-        """Return the reason for which the request's bootstrap server is not known; empty where there is none."""
+        """Return the reason why the request's bootstrap server is not known, or an empty text."""
         return ""
 
     def _end(self, reason: str) -> None:
-        """Close the room; abort it first if it still moves, so that its peers hear the reason."""
+        """Close the room; abort it first if it has not ended, so that its peers hear the reason."""
         if not self._opened:
             return
         agent, self._opened = self.kv_mgr.agent, False
@@ -128,7 +128,7 @@ class _Request:
             reason = agent.failure(self.bootstrap_room)
         if reason is None:
             reason = self._given_up
-        # this rank would have failed the request a moment later
+        # The agent suspects a failure, and would have failed the request a moment later.
         if reason is None and self._opened and isinstance(agent, PrefillAgent):
             reason = agent.suspicion(self.bootstrap_room) or None
         if reason is None:
@@ -158,7 +158,7 @@ class TplaKVSender(_Request, CommonKVSender):
     def send(self, kv_indices: Any, state_indices: Any = None, num_kv_tokens: int | None = None) -> None:
         """Hand the next pages to the agent; the last call also hands over the metadata row.
 
-        The step before may still write a cached prefix that is sent ahead, for which SGLang leaves an event here.
+        The previous step may still be writing a cached prefix that is sent ahead; SGLang then leaves an event here.
         """
         after, self._early_send_wait_event = self._early_send_wait_event, None
         self.curr_idx += len(kv_indices)
@@ -197,8 +197,8 @@ class TplaKVSender(_Request, CommonKVSender):
     def abort(self) -> None:
         """Fail the request, because the client gave up.
 
-        Nothing stays under the room's number, because later releases of SGLang abort a waiting request's sender and
-        never clear it, and a number whose last request failed would fail the next one.
+        Nothing stays under the room's number: later releases of SGLang abort a waiting request's sender without
+        clearing it, and a number whose last request failed would fail the next request.
         """
         self._reason = self._reason or "Aborted by AbortReq."
         self._end(self._reason)
@@ -298,12 +298,13 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
             self.kv_mgr.record_failure(self.bootstrap_room, reason)
             self.kv_mgr.update_status(self.bootstrap_room, KVPoll.Failed)
         if not not_found or self.kv_mgr.request_status.get(self.bootstrap_room) != KVPoll.Failed:
-            # `_state` holds back the other reason, which each rank finds at a time of its own
+            # `_state` holds back the other reason, because the ranks find it at different times.
             self.conclude_state = KVPoll.Failed
         self._end(reason)
 
     def give_up(self, reason: str) -> None:
-        """Fail the request, which the scheduler finds when it next asks. Any thread may call this, however late: the
-        request may have left, and another one have its room.
+        """Fail the request; the scheduler learns of it when it next polls.
+
+        Any thread may call this, however late: the request may have left, and another one may have its room.
         """
         self._given_up = reason

@@ -1,8 +1,8 @@
-"""Look up the addresses of prefill ranks on threads of their own.
+"""Look up the addresses of prefill ranks on separate threads.
 
 SGLang's decode scheduler asks bootstrap servers (`try_ensure_parallel_info`, `_get_bootstrap_info_from_server` in
 ``sglang/srt/disaggregation/common/conn.py``) between two decode steps, and waits up to five seconds for each answer. So
-a machine that lost its power would delay the requests of all other prefill servers for over a minute.
+a machine that lost its power would delay requests that name other prefill servers for over a minute.
 """
 
 import concurrent.futures
@@ -22,12 +22,12 @@ import requests
 
 from sglang_tpla.transfer.room import TransferError, remember
 
-WAIT_S = 0.05  # the scheduler's one wait for an answer, which most often comes at once
+WAIT_S = 0.05  # the scheduler waits this long once for an answer, which usually comes at once
 ASK_S = 5.0
 MAX_RANKS = 4096
 NOBODY = "nobody listens there"
 REFUSED_TWICE_S = 5.0  # SGLang asks once a second
-FORGOTTEN_S = 10.0  # for so long no request has asked for an answer: those that wanted it have left
+FORGOTTEN_S = 10.0  # an answer that no request asks for in this time is dropped: its requests have left
 PLACE = ("prefill_dp_rank", "prefill_cp_rank", "target_tp_rank", "target_pp_rank")
 
 logger = logging.getLogger(__name__)
@@ -46,9 +46,9 @@ class Lookups:
     """Questions under way, one for each bootstrap server.
 
     Args:
-        ask: may wait; it returns True when all is known, False to be asked again later, or raises for the asker.
+        ask: the question, which may block; returns True when all is known, False to be asked again later, or raises.
         wait_s: how long `known` waits for an answer to a question that it has just asked.
-        clock: seconds that only grow.
+        clock: a monotonic clock in seconds.
     """
 
     def __init__(
@@ -58,12 +58,12 @@ class Lookups:
         self._asked: dict[str, Question] = {}
 
     def known(self, address: str) -> bool:
-        """Return what ``ask`` said of a bootstrap server, or False before it has. One thread calls this."""
+        """Return the result of ``ask`` for a bootstrap server, or False before there is one; one thread calls this."""
         now = self._clock()
         self._forget(now)
         question, wait_s = self._asked.get(address), 0.0
         if question is None:
-            wait_s = self._wait_s  # once: many addresses that do not answer must not hold up every step
+            wait_s = self._wait_s  # once a question, so that many silent addresses do not hold up every step
             question = self._asked[address] = Question(concurrent.futures.Future(), now)
             asked = address, question.answer
             threading.Thread(target=self._run, args=asked, name="tpla-prefill-lookup", daemon=True).start()
@@ -74,13 +74,13 @@ class Lookups:
         return question.answer.result()
 
     def _forget(self, now: float) -> None:
-        """Forget the answers whose requests have left: a later request would be given what no longer holds."""
+        """Forget the answers whose requests have left, because a later request would get an outdated answer."""
         for address, question in list(self._asked.items()):
             if now - question.wanted_at_s > FORGOTTEN_S and question.answer.done():
                 del self._asked[address]
 
     def under_way(self, address: str) -> bool:
-        """Whether a question waits for its answer, or an answer for its asker."""
+        """Return whether a question waits for its answer, or an answer for its asker."""
         return address in self._asked
 
     def _run(self, address: str, answer: concurrent.futures.Future[bool]) -> None:
@@ -94,7 +94,7 @@ class Unanswered:
     """The bootstrap servers that were not found at the last try, with the reasons.
 
     Args:
-        clock: seconds that only grow.
+        clock: a monotonic clock in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -102,11 +102,11 @@ class Unanswered:
         self._found: OrderedDict[str, tuple[str, float]] = OrderedDict()
 
     def note(self, address: str, why: str) -> None:
-        """Note why a bootstrap server did not answer, which is empty where it did.
+        """Note why a bootstrap server did not answer; the reason is empty where it did.
 
         Raises:
-            TransferError: nobody listened there the time before either. A prefill server's HTTP port opens after its
-                bootstrap server's, so that no prefill server has the other half of a request that still waits.
+            TransferError: nobody listened there at the previous try either. A prefill server's HTTP port opens after
+                its bootstrap port, so no prefill server has the other half of a request that still waits.
         """
         before, then = self._found.get(address, ("", 0.0))
         now = self._clock()
@@ -135,7 +135,7 @@ def require_resolvable(address: str) -> None:
 
 
 def why_unanswered(address: str) -> str:
-    """Return the result of asking a bootstrap server for its layout, for the client who waits for it."""
+    """Ask a bootstrap server for its layout, and return the failure in words for the client that waits."""
     query = dict.fromkeys(PLACE, -1)
     try:
         response = requests.get(f"http://{address}/route", params=query, timeout=ASK_S)
@@ -145,7 +145,7 @@ def why_unanswered(address: str) -> str:
 
 
 def was_refused(error: BaseException | None) -> bool:
-    """Whether an error comes from a connection that was refused, which a machine without a listener does at once."""
+    """Return whether an error comes from a refused connection; a machine without a listener refuses at once."""
     while error is not None and not isinstance(error, ConnectionRefusedError):
         error = error.__cause__ or error.__context__
     return error is not None
@@ -154,7 +154,7 @@ def was_refused(error: BaseException | None) -> bool:
 def rank_addresses(address: str, info: Any) -> dict[Place, dict[str, Any]]:
     """Return the addresses of the prefill ranks that a decode rank may need, from ``GET /route``.
 
-    It is empty, with a line in the log, where the bootstrap server does not answer.
+    The result is empty, with a line in the log, where the bootstrap server does not answer.
 
     Args:
         address: the bootstrap server's.

@@ -1,9 +1,9 @@
 """Proof that a decode server got the cache of its own prompt.
 
-Each server turns a request into tokens by itself, and only the room joins the two. Where two clients take one room, or
-where tokenizers or chat templates differ, prefill's cache can be another prompt's of the same length, and nothing in
-the transfer shows it. So prefill leaves a digest of the tokens in the request's metadata row, in the last spare place
-of ``cached_tokens`` (``MetadataBuffers`` in ``sglang/srt/disaggregation/utils.py``), and decode compares it.
+Each server turns a request into tokens by itself, and only the room connects the two. If two clients take one room, or
+if tokenizers or chat templates differ, prefill's cache may belong to another prompt of the same length, and the
+transfer cannot tell. So prefill leaves a digest of the tokens in the request's metadata row, in the last spare place of
+``cached_tokens`` (``MetadataBuffers`` in ``sglang/srt/disaggregation/utils.py``), and decode compares the digest.
 """
 
 import logging
@@ -17,12 +17,12 @@ from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST, prepare_abort
 
 from sglang_tpla.host.requests.logprobs import keep_first_place
 
-PLACE = 15  # the last of 16, of which SGLang uses 0 to 6
+PLACE = 15  # the last of 16 places; SGLang uses places 0 to 6
 logger = logging.getLogger(__name__)
 
 
 def digest(tokens: Sequence[int]) -> int:
-    """Return a digest of a prompt in 31 bits; it is never 0, which marks a row without one."""
+    """Return a digest of a prompt in 31 bits, never 0, because 0 marks a row without a digest."""
     return (zlib.crc32(array("q", tokens).tobytes()) & 0x7FFFFFFF) | 1
 
 
@@ -38,7 +38,7 @@ def compare_digest(original: Callable[..., None], self: Any, decode_req: Any) ->
     own_request = req.bootstrap_host in (None, FAKE_BOOTSTRAP_HOST)  # such a request has no transfer
     replayed = getattr(decode_req, "is_rebootstrap", False)  # prefill computed the answer so far as well
     if replayed:
-        req.sampling_params.max_new_tokens += len(req.output_ids)  # again that of the whole answer (`capacity.py`)
+        req.sampling_params.max_new_tokens += len(req.output_ids)  # the whole answer's limit again (`capacity.py`)
     if own_request or replayed or found in (0, digest(req.origin_input_ids)):
         original(self, decode_req)
         keep_first_place(req)

@@ -2,7 +2,7 @@
 
 A model may have a latent cache and still not go through the hooked layer (``attention_layer.py``), or keep state beside
 the cache that no transfer moves. So the list is closed: any other model is refused, and models that users ask for are
-refused with their own reason. The names are those of ``architectures`` in a model's ``config.json``.
+refused with a specific reason. The names are those in ``architectures`` of a model's ``config.json``.
 """
 
 from collections.abc import Iterable

@@ -47,7 +47,7 @@ class SlicedNorm(nn.Module):
     z: torch.Tensor | None  # [d, w] float32; None where it is the identity (g = 1) and needs no product
 
     def __init__(self, norm: Any, z: torch.Tensor, wide: bool) -> None:
-        """Wrap SGLang's norm; ``wide`` makes float32 slices, for a cache with a rounding of its own."""
+        """Wrap SGLang's norm; ``wide`` keeps slices in float32, for a cache that does its own rounding."""
         super().__init__()
         self._wide = wide
         self.weight = norm.weight
@@ -57,7 +57,7 @@ class SlicedNorm(nn.Module):
         self.register_buffer("z", None if whole else z.to(norm.weight.device), persistent=False)
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
-        """Norm and project the latent, or return it as it is where that is deferred."""
+        """Norm and project the latent, or return it unchanged where both steps are deferred."""
         return latent if defers(latent) else self.project(latent)
 
     def project(self, latent: torch.Tensor) -> torch.Tensor:
@@ -77,12 +77,12 @@ class DeferredRotation(nn.Module):
     def forward(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotate query and key, or return both as they are where that is deferred."""
+        """Rotate query and key, or return both unchanged where rotation is deferred."""
         return (query, key) if defers(key) else self.rotary(positions, query, key)
 
 
 def defers(latent: torch.Tensor) -> bool:
-    """Whether norm, projection and rotation wait for the cache write, whose kernel needs a GPU."""
+    """Return whether norm, projection and rotation wait for the cache write, whose kernel needs a GPU."""
     return latent.is_cuda
 
 
@@ -143,7 +143,7 @@ def fold_weights(original: Callable[..., None], self: Any, *args: Any, **kwargs:
         module for module in self.modules() if getattr(module, "tpla", None) is not None and hasattr(module, "w_kc")
     ]
     folded = [(module.w_kc, module.w_vc) for module in sliced]
-    for module in sliced:  # SGLang would copy into the present tensors, which a first load gave the slice's shape
+    for module in sliced:  # SGLang would copy into the present tensors, which after a first load have the slice's shape
         module.w_kc = module.w_vc = None
     original(self, *args, **kwargs)
     for module, (old_kc, old_vc) in zip(sliced, folded, strict=True):
@@ -173,7 +173,7 @@ def write_rows(
 ) -> bool:
     """Norm, project, rotate and write the rows of a decode step or of a verified draft with one kernel.
 
-    Returns whether that kernel serves.
+    The function returns False, and writes nothing, where that kernel does not serve.
 
     Args:
         latent: [tokens, 1, d], before the norm. k_rope: [tokens, 1, rope], not rotated.
@@ -187,7 +187,7 @@ def write_rows(
     if not (mode.is_decode() or mode.is_target_verify()) or not same:
         return False
     if rotary is not None and rotary.rotary.cos_sin_cache.dtype != torch.float32:
-        return False  # only SGLang's embedding serves head sizes that its own kernel does not know
+        return False  # SGLang's kernel does not know this head size, and only SGLang's own embedding serves it
     write(
         CacheWrite(
             latent=latent.squeeze(1),
@@ -236,7 +236,7 @@ def absorbed_core(
             if self.rotary_emb is not None:
                 q_pe, k_pe = self.rotary_emb.rotary(positions, q_pe, k_pe)
     if key is not None and self.tpla.rows is not None:
-        # SGLang passes on no key of such a width
+        # Write sketched rows here, because SGLang passes on no key of their width.
         cache = get_token_to_kv_pool().get_key_buffer(self.layer_id).view(torch.uint8)
         write(CacheWrite(key.squeeze(1), k_pe.squeeze(1), forward_batch.out_cache_loc, cache, sketched=self.tpla.rows))
         key = None

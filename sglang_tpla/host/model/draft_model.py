@@ -32,7 +32,7 @@ def keep_precision(result: None, self: Any) -> None:
 
 
 def building_draft() -> bool:
-    """Whether a draft model's layers or cache are being built in this context."""
+    """Return whether a draft model's layers or cache are being built in this context."""
     return _building_draft.get()
 
 

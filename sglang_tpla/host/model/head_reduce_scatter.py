@@ -3,7 +3,7 @@
 The g ranks of a head shard compute the same heads on different slices. One reduce-scatter among them adds their
 outputs and leaves rank t the heads that plain tensor parallelism would give it (H t/T to H (t+1)/T): ranks t = g s + i
 of shard s are neighbours, and part i of the shard's heads is the t-th part of all. The all-reduce after ``o_proj``
-stays. The sum costs a collective a layer and saves g - 1 parts of ``o_proj`` in memory and in reading.
+stays. The sum costs one collective a layer, and saves holding and reading g - 1 parts of ``o_proj``.
 """
 
 from functools import cache
@@ -15,7 +15,7 @@ from sglang.srt.distributed.parallel_state import get_world_group, init_model_pa
 
 @cache
 def head_shard_ranks(groups: int) -> Any:
-    """Return the ranks that hold this rank's heads. Every rank of the server must call this, and does by its layers."""
+    """Return the ranks that hold this rank's heads; every rank of the server must call this when it builds layers."""
     world = get_world_group()
     size = torch.distributed.get_world_size()
     return init_model_parallel_group(

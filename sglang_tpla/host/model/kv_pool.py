@@ -1,10 +1,10 @@
 """Layers of different width and rows in bytes in SGLang's latent pool, and memory accounting that follows them.
 
 An artifact with a per-layer policy gives layer l its own w_l; the pool's layer l is then ``[slots, 1, w_l + rope]``.
-Sketched rows (``cache_rows/``) are bytes, ``[slots, 1, row_bytes]`` in a pool of SGLang's one-byte type, and
-``host/attention/backend.py`` alone writes and reads them. Where all layers have one width and plain rows these hooks do
-nothing. They follow ``MLATokenToKVPool`` of ``sglang/srt/mem_cache/memory_pool.py`` and
-``calculate_mla_kv_cache_dim`` of ``.../kv_cache_configurator.py``.
+Sketched rows (``cache_rows/``) are bytes, ``[slots, 1, row_bytes]`` in a pool of SGLang's one-byte type; only
+``host/attention/backend.py`` reads these rows. Where all layers have one width and plain rows the hooks do nothing. The
+hooks follow ``MLATokenToKVPool`` of ``sglang/srt/mem_cache/memory_pool.py`` and ``calculate_mla_kv_cache_dim`` of
+``.../kv_cache_configurator.py``.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from sglang_tpla.host.process import artifact
 
 
 def layer_items(latent_dim: int, rope_dim: int, layers: int) -> list[int] | None:
-    """Return the items of a row in every layer, or None where SGLang's own pool has the right number.
+    """Return the number of items of a row in every layer, or None where SGLang's own pool has the right number.
 
     Args:
         latent_dim: the engine's latent width. layers: the number of layers.
@@ -73,7 +73,7 @@ def value_buffer(original: Callable[..., torch.Tensor], self: Any, layer_id: int
 def mean_cache_dim(
     original: Callable[..., int], *, model_config: Any, kv_cache_dtype: torch.dtype, **kwargs: Any
 ) -> float:
-    """Hook around ``calculate_mla_kv_cache_dim``: the items of a mean row, which SGLang multiplies by the layers.
+    """Hook around ``calculate_mla_kv_cache_dim``: return a row's mean items, which SGLang multiplies by the layers.
 
     A speculating server's draft layers count as well, because SGLang takes ``1 + draft layers / layers`` times the
     product, as if their rows were like the target's.

@@ -1,4 +1,4 @@
-"""The rows of every layer on a decode server and the maps that make them, from the artifact or of the whole latent.
+"""The rows of every layer on a decode server and the maps that make them, from the artifact or for the whole latent.
 
 Sketched rows come from an artifact made for them or, with one group and no artifact, from ``--tpla-rows sketched``:
 plain MLA with an 8-bit cache, whose one map is the rotation that spreads a token's values evenly before rounding.
@@ -18,10 +18,10 @@ from sglang_tpla.host.process import Slice, artifact, settings
 
 
 def sketched() -> bool:
-    """Whether this decode server caches sketched rows.
+    """Return whether this decode server caches sketched rows.
 
     Raises:
-        ConfigError: ``--tpla-rows`` asks for rows for which the artifact was not made.
+        ConfigError: ``--tpla-rows`` asks for other rows than the artifact was made for.
     """
     loaded, asked = artifact(), settings().rows
     if loaded is None:
@@ -61,10 +61,10 @@ class LayerMaps:
     """One rank's maps of one layer, float32, in the form that its cache and its kernels need.
 
     Args:
-        projection: ``[d, columns]`` makes the slice and, for sketched rows, behind it the sketch columns of all groups.
+        projection: ``[d, columns]`` makes the slice and, for sketched rows, the sketch columns of all groups after it.
         key_map: ``[query columns, d]`` is folded into the queries' absorbed weights; padded columns have zeros.
         value_map: ``[value columns, d]`` is folded into the values' absorbed weights; padded columns have zeros.
-        rows: the cache's rows where they are sketched.
+        rows: the cache's rows where they are sketched; None for plain rows.
     """
 
     projection: torch.Tensor

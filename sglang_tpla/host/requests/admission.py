@@ -1,7 +1,7 @@
-"""Hooks where a request reaches a scheduler, which refuse at once, on both sides and without a room, what cannot run.
+"""Hooks where a request reaches a scheduler: one that cannot run is refused at once, on both sides and without a room.
 
 SGLang marks such a request and lets one token of it run, so that its caches are cleaned up. Between prefill and decode
-that would mean a transfer of which the other side knows nothing, and a wait for its deadline.
+that would start a transfer that the other side does not know of, and then wait for its deadline.
 """
 
 import logging
@@ -48,7 +48,7 @@ def admit(original: Callable[..., None], self: Any, req: Any, is_retracted: bool
 
 
 def no_such_rank(queue: Any, req: Any) -> str | None:
-    """Return why the request's data-parallel rank of prefill cannot have its cache; None if no reason is known."""
+    """Return why the data-parallel prefill rank that a request names cannot exist; None if no reason is known."""
     rank, host = req.disagg_prefill_dp_rank, req.bootstrap_host
     if rank is None or host is None:
         return None
@@ -60,11 +60,11 @@ def no_such_rank(queue: Any, req: Any) -> str | None:
 
 
 def no_token_allowed(req: Any) -> str | None:
-    """Return why a ready grammar has no answer, because it masks every token (``root ::= root``), or None."""
+    """Return the reason for refusing a ready grammar that masks every token (``root ::= root``), or None."""
     if req.grammar is None:
         return None
     mask = req.grammar.allocate_vocab_mask(req.vocab_size, 1, "cpu")
-    if mask is None or mask.dtype != torch.int32:  # outlines marks forbidden tokens and has no bits
+    if mask is None or mask.dtype != torch.int32:  # outlines marks forbidden tokens instead of bits
         return None
     req.grammar.fill_vocab_mask(mask, 0)
     return None if mask.any() else "the grammar of this request allows no token to begin with: it has no end"
@@ -87,7 +87,7 @@ def handle(original: Callable[..., None], self: Any, recv_req: Any, **kwargs: An
 def note_idle(self: Any) -> None:
     """Hook before ``Scheduler.on_idle`` on prefill: tell the agent that no request is left to open a room.
 
-    So a decode rank that asks for a room whose request was refused at the edge, or never came, does not wait for the
+    A decode rank that asks for a room whose request was refused at the edge, or never came, then does not wait for the
     deadline.
     """
     self.disagg_prefill_bootstrap_queue.kv_manager.agent.note_idle()

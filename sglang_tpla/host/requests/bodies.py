@@ -21,7 +21,7 @@ def answer_unreadable(state: Any) -> None:
 
 
 async def refuse(request: Any, error: Exception) -> JSONResponse:
-    """Answer status 400 to an error over the body; any other error is the server's.
+    """Answer an error over the body with status 400; raise any other error again, because it is the server's.
 
     Raises:
         Exception: an error from elsewhere.
@@ -34,7 +34,7 @@ async def refuse(request: Any, error: Exception) -> JSONResponse:
 
 
 def happened_in(error: BaseException, *functions: str) -> bool:
-    """Whether the error happened within a function of one of these names."""
+    """Return whether the error happened within a function of one of these names."""
     frame = error.__traceback__
     while frame is not None:
         if frame.tb_frame.f_code.co_name in functions:

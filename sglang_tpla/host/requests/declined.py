@@ -1,7 +1,7 @@
 """Tell the other server of a request that was refused where it entered this one.
 
-The edge has no agent. It sends its schedulers a message of SGLang's, an abort of an id that no client can have, and
-each rank's agent tells the other server, which then answers its half of the request at once and with the reason.
+The edge has no agent. The edge sends its schedulers a message of SGLang's, an abort of an id that no client can have.
+Each rank's agent then tells the other server, which answers its half of the request at once and with the reason.
 """
 
 import itertools
@@ -21,9 +21,9 @@ from sglang_tpla.host.requests.fields import (
 )
 from sglang_tpla.transfer.room import REFUSED
 
-RESERVED = "\0"  # begins no client's id
+RESERVED = "\0"  # no client's id begins with it
 DECLINED = RESERVED + "declined"
-FAILED = "failed over the request: "  # and not the request's fault
+FAILED = "failed over the request: "  # the server's fault, not the request's
 PLACE = ("bootstrap_room", "bootstrap_host", "bootstrap_port")
 MAX_REASON_CHARACTERS = 1024
 
@@ -41,7 +41,7 @@ def declined(obj: Any, role: str, error: Exception) -> AbortReq | None:
     places = [place for row in rows if (place := checked_place(*row))]
     if not places:
         return None
-    # An error of another kind is this server's, and another server may serve the request.
+    # Any other kind of error is this server's fault, and another server may serve the request.
     status = getattr(error, "status_code", 400 if isinstance(error, ValueError) else 500)
     reason = f"the {role} server {REFUSED if status < 500 else FAILED}{error}"[:MAX_REASON_CHARACTERS]
     return AbortReq(rid=DECLINED, abort_message=json.dumps({"places": places, "reason": reason}))

@@ -1,7 +1,7 @@
 """Hooks where a request enters the server: on ``TokenizerManager`` and on the OpenAI endpoints.
 
-A mistake in a request becomes a `RequestRefused` here, which SGLang answers with status 400: routers do not try again,
-and no circuit breaker opens. A 500 would be tried again and again, and then close the service to everyone.
+A mistake in a request becomes a `RequestRefused` here, which SGLang answers with status 400: routers do not retry, and
+no circuit breaker opens. Routers would retry a 500 again and again, and then close the service to everyone.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from sglang_tpla.host.requests.patterns import check_grammar, check_stops
 from sglang_tpla.host.requests.samples import give_each_its_room
 
 TOP_LOGPROBS = 128  # MetadataBuffers(max_top_logprobs_num=128)
-# Python raises these over a value of the wrong type or form.
+# Python raises these for a value of the wrong type or form.
 WRONG_VALUE = (TypeError, KeyError, IndexError, AttributeError, ArithmeticError, AssertionError, re.error,
                msgspec.MsgspecError, RecursionError)  # fmt: skip
 NOT_OF_TEMPLATES = {"chat_template", "padding", "max_length", "truncation", "tokenize", "return_tensors", "return_dict",
@@ -52,13 +52,13 @@ def limits(manager: Any) -> Limits:
 
 
 def is_own(manager: Any, obj: Any, request: Any) -> bool:
-    """Whether the server sends the request to itself, to warm up or to check its health, without a transfer.
+    """Return whether the server sends the request to itself, to warm up or to check its health, without a transfer.
 
     SGLang marks such requests with a special host, and would serve any client that names it from unwritten pages.
 
     Args:
-        request: the HTTP request. Health is asked for by GET, and by GET no client can ask for anything else; all that
-            is in ``obj`` a client could write as well.
+        request: the HTTP request. Health checks come by GET, and a client can ask for nothing else by GET; but a client
+            could write everything that is in ``obj``.
     """
     if obj.bootstrap_host != FAKE_BOOTSTRAP_HOST and obj.bootstrap_host != [FAKE_BOOTSTRAP_HOST]:
         return False
@@ -96,7 +96,7 @@ async def generate(
 
 
 def explained(error: Exception) -> Exception:
-    """Return an error over a value of the wrong type as a refusal with status 400, and others as they are."""
+    """Return an error over a value of the wrong type as a refusal with status 400, and other errors unchanged."""
     if not isinstance(error, WRONG_VALUE):
         return error
     logger.error("a request that cannot be read", exc_info=error)
@@ -118,9 +118,9 @@ def tell_other_server(manager: Any, obj: Any, problem: Exception) -> None:
 
 
 def abort_forgotten(manager: Any, obj: Any) -> None:
-    """Abort a request whose client has hung up, where SGLang forgets it before its own abort.
+    """Abort a request whose client has hung up, where SGLang forgets the request before its own abort.
 
-    That is so in 0.5.18 and 0.5.19, whose abort comes two seconds later and ignores unknown ids.
+    SGLang 0.5.18 and 0.5.19 do so: their abort comes two seconds later and ignores unknown ids.
     """
     if not hasattr(manager, "_discard_pending_req_states"):
         return
@@ -130,7 +130,7 @@ def abort_forgotten(manager: Any, obj: Any) -> None:
 
 
 def check_rid(rid: Any) -> None:
-    """Refuse an empty id, this package's own, and those of health checks, which SGLang drops while it is busy."""
+    """Refuse empty ids, this package's own, and those of health checks, which SGLang drops while it is busy."""
     reserved = (HEALTH_CHECK_RID_PREFIX, RESERVED)
     for one in rid if isinstance(rid, list) else [rid]:
         if one is not None and (not isinstance(one, str) or not one or one.startswith(reserved)):
@@ -142,8 +142,8 @@ def check_rid(rid: Any) -> None:
 def check_normalized(self: Any, obj: Any, request: Any = None, *args: Any, **kwargs: Any) -> None:
     """Hook before ``TokenizerManager._init_req_state``: check the whole batch before its first request leaves.
 
-    A request of the server's own has no transfer. The rest of it is checked too: while a server warms up, a client's
-    request looks the same.
+    A request that the server sends to itself has no transfer. Its other fields are checked too, because a client's
+    request looks the same while a server warms up.
     """
     if not isinstance(obj, GenerateReqInput):
         return
@@ -155,7 +155,7 @@ def check_normalized(self: Any, obj: Any, request: Any = None, *args: Any, **kwa
         check_stops(item.sampling_params)
         check_grammar(item.sampling_params, bounds.vocab)
         params = self.sampling_params_class(**{**(self.preferred_sampling_params or {}), **item.sampling_params})
-        # the scheduler does the same
+        # The scheduler encodes and decodes the parameters in the same way.
         msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=type(params))
         params.normalize(self.tokenizer)
         params.verify(bounds.vocab)
@@ -167,8 +167,8 @@ def check_normalized(self: Any, obj: Any, request: Any = None, *args: Any, **kwa
 def check_wire(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """Hook after ``TokenizerManager._create_tokenized_object``: check the types that the scheduler's decoder needs.
 
-    A field of another type would end the scheduler, as would a prompt of no tokens, which an empty text is where the
-    tokenizer puts nothing before it.
+    A field of another type would end the scheduler. So would a prompt without tokens, such as an empty text where the
+    tokenizer puts no token before it.
     """
     if result.input_ids is not None and not len(result.input_ids):
         raise RequestRefused("the prompt has no tokens: text or input_ids must not be empty")
@@ -185,7 +185,7 @@ def check_wire(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 def check_template(request: Any) -> None:
     """Refuse a chat template of the client's, a program that may take all of the server's time or memory.
 
-    The same goes for what tells the tokenizer, and not the template, what to do.
+    Arguments that go to the tokenizer instead of the template are refused as well.
     """
     if wrong := sorted(NOT_OF_TEMPLATES.intersection(getattr(request, "chat_template_kwargs", None) or ())):
         raise RequestRefused(
@@ -195,7 +195,7 @@ def check_template(request: Any) -> None:
 
 
 def convert(original: Callable[..., Any], self: Any, request: Any, raw_request: Any = None) -> Any:
-    """Hook around ``_convert_to_internal_request`` of the OpenAI endpoints: refuse what breaks it, like `generate`."""
+    """Hook around ``_convert_to_internal_request`` of the OpenAI endpoints: refuse requests that break it."""
     from jinja2 import TemplateError
 
     try:

@@ -49,7 +49,7 @@ class Limits:
         top_logprobs: number of alternatives of one token in the metadata row.
         data_parallel: number of its prefill server's ranks that a request may name.
         own_host: host with which a server marks the requests that it sends to itself.
-        speculates: whether it guesses tokens and verifies them.
+        speculates: whether the server guesses tokens and verifies them.
         labels: metric labels that a request may give (``--tokenizer-metrics-allowed-custom-labels``).
     """
 
@@ -62,7 +62,7 @@ class Limits:
 
 
 def is_integer(value: Any) -> bool:
-    """Whether a value is a whole number; JSON's true and false are not."""
+    """Return whether a value is a whole number; JSON's true and false are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -118,10 +118,10 @@ def check_transfer(item: Any, limits: Limits) -> None:
 
 
 def check_carried(item: Any, limits: Limits) -> None:
-    """Refuse fields that would not reach decode, and what SGLang reads of a request when it has been served.
+    """Refuse fields that would not reach decode, and wrong values that SGLang reads only when it has served a request.
 
-    Its tokenizer, and with it the server, ends over a metric label that its metrics were not made with, and over a time
-    of arrival that is no number.
+    A metric label that the metrics were not made with, or a time of arrival that is not a number, ends SGLang's
+    tokenizer process, and with it the server.
     """
     for name, why in NOT_CARRIED.items():
         if getattr(item, name, None) is not None:
@@ -140,7 +140,7 @@ def check_carried(item: Any, limits: Limits) -> None:
 
 
 def check_prompt(item: Any, limits: Limits) -> None:
-    """Check that the prompt is text, or token ids of the vocabulary; of both SGLang takes the ids."""
+    """Check that the prompt is text, or token ids of the vocabulary; SGLang takes the ids where it gets both."""
     if item.text is not None and not isinstance(item.text, str):
         raise RequestRefused(f"text must be a string or a list of strings; got {shown(item.text)}")
     if item.input_ids is not None:
@@ -167,7 +167,7 @@ def check_logprobs(item: Any, limits: Limits) -> None:
     within("logprob_start_len", item.logprob_start_len, -1, INT32_MAX)
     if item.token_ids_logprob:
         check_token_ids("token_ids_logprob", item.token_ids_logprob, limits.vocab)
-        if len(item.token_ids_logprob) > limits.vocab:  # each is read after every token
+        if len(item.token_ids_logprob) > limits.vocab:  # SGLang reads each one after every token
             raise RequestRefused(
                 f"token_ids_logprob may name each of {limits.vocab} tokens once; got {len(item.token_ids_logprob)}"
             )
@@ -190,11 +190,11 @@ def check_sampling(params: Any, limits: Limits) -> None:
         if params.get(name) is not None:
             within(f"sampling_params.{name}", params[name], first, last)
     penalty = params.get("repetition_penalty")
-    if isinstance(penalty, float) and 0 < penalty < SMALLEST_PENALTY:  # SGLang refuses what is not positive
+    if isinstance(penalty, float) and 0 < penalty < SMALLEST_PENALTY:  # SGLang refuses 0 and negative values
         raise RequestRefused(f"sampling_params.repetition_penalty must be at least {SMALLEST_PENALTY:g}; got {penalty}")
     stops = params.get("stop_token_ids")
     if stops is not None:
-        # min_new_tokens masks these by their place in the vocabulary
+        # SGLang masks these by their place in the vocabulary until there are min_new_tokens.
         last = limits.vocab - 1 if params.get("min_new_tokens") else INT32_MAX
         for token in stops if isinstance(stops, list) else [stops]:
             if token is not None:
@@ -214,7 +214,7 @@ def check_sampling(params: Any, limits: Limits) -> None:
 
 
 def check_verified(min_p: float, limits: Limits) -> None:
-    """Refuse what SGLang ignores where it verifies guesses; the answer would not have the distribution asked for."""
+    """Refuse ``min_p`` where SGLang verifies guesses: SGLang ignores it, and answers would be distributed otherwise."""
     if limits.speculates and min_p > 0:
         raise RequestRefused(
             f"sampling_params.min_p is not applied by a server with speculative decoding; got {shown(min_p)}: leave it "
@@ -226,7 +226,7 @@ def check_item(item: Any, limits: Limits, transferred: bool = True) -> None:
     """Check one request, single or of a batch, after SGLang has filled in missing fields.
 
     Args:
-        transferred: whether its cache crosses from prefill to decode, which that of a server's own request does not.
+        transferred: whether the cache crosses from prefill to decode; that of a server's own request does not.
     """
     check_carried(item, limits)
     if transferred:
@@ -237,7 +237,7 @@ def check_item(item: Any, limits: Limits, transferred: bool = True) -> None:
 
 
 def check_rooms_differ(items: list[Any]) -> None:
-    """Check that every request of a batch has a room of its own."""
+    """Check that every request of a batch has a different room."""
     seen: set[int] = set()
     for item in items:
         if item.bootstrap_room in seen:

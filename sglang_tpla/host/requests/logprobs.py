@@ -3,8 +3,8 @@
 SGLang gathers a batch's values on the device, with an empty list for every request that names no tokens, and then
 copies each entry as a tensor. So a batch in which only some requests name tokens ends the server.
 
-Prefill sends no such values for the first token. Up to 0.5.19 decode leaves no place for them either, and cuts what it
-answers by the number of tokens: each part of a streamed answer, and each fifty tokens of another, then loses a value.
+Prefill sends no such values for the first token. Up to 0.5.19 decode leaves no place for them either, and cuts its
+values by the number of tokens: each part of a streamed answer, and each fifty tokens of any other, then loses a value.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 def all_tensors(
     result: tuple[list[Any], list[Any]], logprobs: torch.Tensor, *args: Any, no_copy_to_cpu: bool = False, **kwargs: Any
 ) -> tuple[list[Any], list[Any]]:
-    """Hook after ``get_token_ids_logprobs_raw``: make tensors of entries without values too, which are copied."""
+    """Hook after ``get_token_ids_logprobs_raw``: make a tensor of each entry without values too, for SGLang to copy."""
     values, tokens = result
     if no_copy_to_cpu:
         values = [logprobs.new_empty(0) if isinstance(entry, list) else entry for entry in values]

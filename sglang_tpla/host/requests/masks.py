@@ -1,7 +1,7 @@
-"""Leave a token to requests that forbid every one.
+"""Leave a token to requests that forbid every token.
 
 A grammar masks tokens, ``min_new_tokens`` masks the end of the answer, and ``logit_bias`` masks any token. Together, or
-where a grammar has no way on, they may leave no token; probabilities are then NaN, and sampling ends the server.
+at a dead end of a grammar, they may leave no token; probabilities are then NaN, and sampling ends the server.
 """
 
 import math
@@ -17,8 +17,8 @@ from sglang_tpla.transfer.room import REFUSED
 def apply_grammar(original: Callable[..., None], self: Any, logits: torch.Tensor) -> None:
     """Hook around ``GrammarMask.apply`` for ``logits`` [requests, vocab], those of verified guesses included.
 
-    A grammar takes precedence over earlier masks: an answer ends where it demands the end. Where it has no way on,
-    sampling gives a token that it does not accept, at which SGLang ends the request.
+    A grammar takes precedence over earlier masks: an answer ends where the grammar demands the end. At a dead end of
+    the grammar, sampling gives a token that the grammar does not accept, and SGLang then ends the request.
     """
     original(self, logits)
     open_closed_rows(logits)
@@ -38,8 +38,8 @@ def blame_request(
 ) -> None:
     """Hook after ``FINISH_ABORT.__init__``: answer 400 where the fault is the request's, not the server's.
 
-    That is so where its grammar has no way on, and where the other server refused it. Routers try a request again that
-    ends with 500, until they close the service to everyone.
+    The request is at fault where its grammar has a dead end, and where the other server refused it. Routers retry a
+    request that ends with 500, until they close the service to everyone.
     """
     text = message or ""
     if status_code is not None and (text.startswith("Grammar accept_token failed") or REFUSED in text):

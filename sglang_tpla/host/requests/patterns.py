@@ -3,7 +3,7 @@
 Python searches ``stop_regex`` after each token, a grammar masks the vocabulary before each, and neither can be
 interrupted. A repetition of a body that itself matches in several ways, ``(a+)+`` or ``([a-z]{1,20}){1,50}``, takes
 longer than anyone waits; so do several repetitions of the same characters in a row, ``.*.*.*x``, and a grammar of great
-length, depth or count. The check looks at the form alone, so it may refuse a pattern that would happen to be quick.
+length, depth or count. The check looks only at the form, so it may refuse a pattern that would happen to be quick.
 Every check raises `RequestRefused`.
 """
 
@@ -22,12 +22,12 @@ MAX_GRAMMAR_CHARACTERS = 65536
 MAX_GRAMMAR_DEPTH = 128
 MAX_COUNT = 100_000  # largest number in {n}, minLength and the like
 # Properties of all objects with minProperties or maxProperties: xgrammar takes 22 MB for 100 of one object, 0.6 GB for
-# 200, and for 500 more than there is.
+# 200, and more memory than there is for 500.
 MAX_COUNTED = 100
 MAX_EFFORT = 100  # largest `effort` of one repetition
-MAX_ROW = 2  # repetitions in a row that may share a text among them: n of them try its length to the power of n + 1
-LONG = 64  # lengths from which a repetition counts among these
-MOST_KINDS = 16  # of repetitions in one row, each of which is compared with all others
+MAX_ROW = 2  # repetitions in a row that may divide one text; n of them try its length to the power of n + 1 ways
+LONG = 64  # a repetition with so many lengths or more counts towards a row
+MOST_KINDS = 16  # repetitions of one row; each is compared with all others
 COUNTS = re.compile(r"\{\s*(\d+)\s*(?:,\s*(\d*)\s*)?\}")
 COUNTED_GROUP = re.compile(r"\)\s*\{")
 ANY_JSON = "$$ANY$$"  # SGLang's own name for any JSON
@@ -37,7 +37,7 @@ CATEGORIES = {"CATEGORY_DIGIT": r"\d", "CATEGORY_NOT_DIGIT": r"\D", "CATEGORY_SP
               "CATEGORY_NOT_SPACE": r"\S", "CATEGORY_WORD": r"\w", "CATEGORY_NOT_WORD": r"\W"}  # fmt: skip
 TOKEN_MACRO = re.compile(r"(?<!\w)(Token|ExcludeToken|TokenTagDispatch)(?!\w)")
 NUMBERS = re.compile(r"[0-9]+")
-SCHEMAS = ("json_schema", "schema")  # of structural tags: numbers in these are no tokens
+SCHEMAS = ("json_schema", "schema")  # keys of structural tags under which numbers are not tokens
 JSON_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 
 
@@ -74,19 +74,19 @@ def check_grammar(params: Any, vocab: int) -> None:
 
 
 def nul(name: str) -> RequestRefused:
-    """Make the refusal of a zero character, over which xgrammar ends the process."""
+    """Make the refusal of a NUL character, over which xgrammar ends the process."""
     return RequestRefused(f"sampling_params.{name} may not hold the character \\u0000")
 
 
 def check_ebnf(name: str, text: str, vocab: int) -> None:
-    """Check a grammar; one that names tokens (``Token(5)``, ``TokenTagDispatch``) has no larger number than theirs."""
+    """Check a grammar; in one that names tokens (``Token(5)``, ``TokenTagDispatch``) every number must be a token's."""
     check_counts(name, text)
     for number in NUMBERS.findall(text) if TOKEN_MACRO.search(text) else ():
         check_token(name, number, int(number) if len(number) < 20 else math.inf, vocab)
 
 
 def check_token(name: str, said: str, token: float, vocab: int) -> None:
-    """Check a token's number, over which xgrammar ends the process."""
+    """Check a token's number; xgrammar ends the process over one outside the vocabulary."""
     if token >= vocab:
         raise RequestRefused(
             f"sampling_params.{name}: token ids must lie in 0...{vocab - 1}; got {shown(said)} in a grammar of tokens"
@@ -96,8 +96,8 @@ def check_token(name: str, said: str, token: float, vocab: int) -> None:
 def check_schema(name: str, text: str, vocab: int = 0) -> None:
     """Check a JSON schema, or an object with several: a structural tag, if there is a ``vocab`` for its tokens.
 
-    The grammar's compiler reads more than Python does, such as a schema with anything behind it, so that what cannot be
-    read here is refused.
+    The grammar's compiler accepts more than Python does, such as text after the schema, so any text that Python cannot
+    read is refused.
     """
     if text == ANY_JSON:
         return
@@ -133,7 +133,7 @@ def check_schema(name: str, text: str, vocab: int = 0) -> None:
 
 
 def _counted(value: Any) -> int:
-    """Return how many properties an object of a schema has, if it bounds the number of those that an answer has."""
+    """Return the number of properties of a schema's object that bounds how many an answer has, and 0 for any other."""
     if not isinstance(value, dict) or not (value.get("minProperties") or "maxProperties" in value):
         return 0
     properties = value.get("properties")
@@ -177,7 +177,7 @@ def check_pattern(name: str, pattern: str, most: int, backtracks: bool = False) 
                 "character between them that the one before does not match, such as [^a]*a"
             )
     except (re.error, OverflowError) as error:
-        # the compiler names the mistake, or knows the pattern's dialect, in which groups may be counted as well
+        # The pattern's compiler reports the mistake, or knows the dialect, which may repeat groups by counts as well.
         if not backtracks and COUNTED_GROUP.search(pattern):
             raise RequestRefused(
                 f"sampling_params.{name}: {shown(pattern)} repeats a group by counts, which could hold up the server, "
@@ -198,8 +198,9 @@ def effort(items: Any, backtracks: bool) -> float:
     """Return the highest cost of the repetitions of a parsed pattern.
 
     Args:
-        backtracks: for Python's ``re``, which tries w ways of a body n times over: w to the power of n. A grammar
-            follows all ways at once, w times n, and bodies and repetitions without bound cost it nothing.
+        backtracks: true for Python's ``re``, which takes w to the power of n steps for w ways of a body and n
+            repetitions. A grammar follows all ways at once in w times n steps; unbounded bodies and repetitions cost
+            nothing there.
 
     >>> effort(_parser.parse(r"[a-z]+@[a-z]{2,20}"), True), effort(_parser.parse("(a+)+"), True)
     (1.0, inf)
@@ -217,16 +218,16 @@ def effort(items: Any, backtracks: bool) -> float:
 
 
 def longest_row(items: Any) -> int:
-    r"""Return how many long repetitions follow one another at the most that may share a text among them.
+    r"""Return the length of the longest row of long repetitions that may divide one text among them.
 
-    A character that none of those before matches ends a row, and so does a repetition of such characters, if it matches
-    at least one. Where it may match none, ``a*b*a*``, those before and behind it share the text.
+    A character that no repetition before it matches ends a row, and so does a repetition of such characters that
+    matches at least one. Where it may match none, as in ``a*b*a*``, the repetitions before and after it divide a text.
 
     >>> longest_row(_parser.parse(".*a.*b.*")), longest_row(_parser.parse(r"\s*\w+\s*=[^;]*;.*"))
     (3, 1)
     """
     longest = 0
-    row: list[tuple[Any, int]] = []  # each repetition, and how many of the row share its text up to it
+    row: list[tuple[Any, int]] = []  # each repetition, and the number up to it that may divide its text
     stack = [iter(items)]
     while stack and longest <= MAX_ROW:
         item = next(stack[-1], None)
@@ -254,7 +255,7 @@ def longest_row(items: Any) -> int:
 
 
 def overlap(first: Any, second: Any) -> bool:
-    """Whether some character may be part of a text of either body: then one at an end of a range of theirs is."""
+    """Return whether both bodies may match one character; if so, a character at an end of their ranges is one."""
     tried = {*map(ord, "a0_ -\n"), *edges(first), *edges(second)}
     return any(takes(first, c) and takes(second, c) for c in tried)
 
@@ -286,7 +287,7 @@ def choices(items: Any, backtracks: bool) -> float:
 
 
 def told_apart(branches: Any) -> bool:
-    """Whether the first character decides the alternative: each begins with its own, except one with a set."""
+    """Return whether the first character decides the alternative: each has its own, and one may begin with a set."""
     first = [branch[0] if len(branch) else (_constants.ANY, None) for branch in branches]
     plain: set[int] = {value for op, value in first if op is _constants.LITERAL}  # type: ignore[misc]
     others = [item for item in first if item[0] is not _constants.LITERAL]
@@ -299,7 +300,7 @@ def told_apart(branches: Any) -> bool:
 
 
 def delimited(items: Any) -> bool:
-    """Whether a body begins or ends with a character that nothing else in it matches, so that a text fits one way."""
+    """Return whether a body begins or ends with a character that nothing else in it matches: a text fits in one way."""
     while len(items) == 1 and items[0][0] is _constants.SUBPATTERN:
         items = items[0][1][3]
     ends = [(items[0], items[1:]), (items[-1], items[:-1])] if len(items) else []
@@ -307,7 +308,7 @@ def delimited(items: Any) -> bool:
 
 
 def takes(items: Any, character: int) -> bool:
-    """Whether some item of a parsed pattern may match a character in either case, which a flag may ignore."""
+    """Return whether an item of a parsed pattern may match a character in either case; a flag may ignore case."""
     spellings = {character, *map(ord, chr(character).lower() + chr(character).upper())}
     for op, value in items:
         if op is _constants.ANY or (op is _constants.LITERAL and value in spellings):
@@ -324,7 +325,7 @@ def takes(items: Any, character: int) -> bool:
 
 
 def _holds(op: Any, value: Any, character: int) -> bool:
-    """Whether one entry of a set matches a character."""
+    """Return whether one entry of a set matches a character."""
     if op is _constants.RANGE:
         return bool(value[0] <= character <= value[1])
     if op is _constants.CATEGORY:

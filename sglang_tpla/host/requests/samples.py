@@ -1,4 +1,4 @@
-"""Turn parallel samples into requests of their own, each with its own room.
+"""Turn parallel samples into separate requests, each with its own room.
 
 SGLang sends ``n`` samples of a prompt, and before them a request that only fills the prefix cache, under one room. Here
 they become a batch before SGLang sees them, and prefill's cache finds the shared prompt by itself. Both servers get the
@@ -16,7 +16,7 @@ PER_PROMPT = ("return_logprob", "logprob_start_len", "top_logprobs_num", "return
               "custom_logit_processor", "extra_key", "lora_path", "bootstrap_host", "bootstrap_port",
               "bootstrap_pair_key", "decode_tp_size", "watermark", "sampling_logprobs_mode", "cache_salt",
               "kv_hints")  # fmt: skip
-# A list in one of these is all of a single prompt's, or has one entry for each prompt of a batch.
+# A list in one of these fields belongs to a single prompt, or has one entry for each prompt of a batch.
 MEDIA = ("image_data", "video_data", "audio_data", "modalities", "mm_hashes", "mm_content_hashes")
 
 
@@ -35,7 +35,7 @@ def room_of(room: int, sample: int) -> int:
 
 
 def samples_of(obj: Any) -> int:
-    """Return the ``n`` of a request, which SGLang wants equal for all prompts of a batch."""
+    """Return the ``n`` of a request, which SGLang requires to be equal for all prompts of a batch."""
     params = obj.sampling_params
     each = params if isinstance(params, list) else [params]
     found = set()
@@ -137,7 +137,7 @@ def give_each_its_room(obj: Any) -> None:
 
 def _expand(obj: Any, prompts: int | None, samples: int) -> None:
     count = prompts or 1
-    for name in ("text", "input_ids"):  # of both SGLang takes the ids
+    for name in ("text", "input_ids"):  # SGLang takes the ids where it gets both
         if (value := getattr(obj, name)) is not None:
             setattr(obj, name, [value] * samples if prompts is None else spread(value, prompts, samples, name))
     for name in MEDIA:
@@ -149,7 +149,7 @@ def _expand(obj: Any, prompts: int | None, samples: int) -> None:
             setattr(obj, name, [value[0] if nested else value] * samples)
         elif len(value) == prompts:
             setattr(obj, name, [entry for entry in value for _ in range(samples)])
-        else:  # SGLang refuses it, too: of as many as there are samples each would see one image
+        else:  # SGLang refuses this, too: with as many entries as samples, each sample would see one image
             raise RequestRefused(f"{name} must have one entry for each of {prompts} prompts; got {len(value)}")
     params = obj.sampling_params
     if not isinstance(params, list):

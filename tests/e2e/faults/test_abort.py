@@ -1,4 +1,4 @@
-"""Aborts on real servers: pages and rooms reused at once, on one side or both, one at a time or in a storm."""
+"""Aborts on real servers, with pages and rooms reused at once: on one side or both, one at a time or in a storm."""
 
 import concurrent.futures
 import random
@@ -13,13 +13,13 @@ from tests.e2e.servers import transfer_lines, wait_idle
 from tests.e2e.traffic import Answer
 
 VICTIM = source(seed=90, characters=9_000)  # more than half of the decode server's pool
-HEIR = source(seed=91, characters=7_000)  # more than what is free beside it
+HEIR = source(seed=91, characters=7_000)  # more than the free part of the pool beside VICTIM
 NEARLY = 1e-3
 
 
 @pytest.fixture
 def heir(faulty: Faulty) -> Iterator[Answer]:
-    """The request that follows each abort, with the answer that prefill gives from its cache; at the end, rest."""
+    """The right answer to the request that follows each abort; prefill has its cache, and the servers end at rest."""
     before = faulty.held()
     for prompt in (VICTIM, HEIR):
         assert not faulty.route.ask(prompt, TOKENS).failure
@@ -29,10 +29,10 @@ def heir(faulty: Faulty) -> Iterator[Answer]:
 
 @pytest.mark.parametrize("times", [16, pytest.param(500, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_pages_reused_at_once_after_an_abort_in_mid_transfer(faulty: Faulty, heir: Answer, times: int) -> None:
-    """The next request takes the pages while chunks of the aborted one are under way, and is right: no late write.
+    """No late write: the next request takes the pages while chunks of the aborted one are under way, and is right.
 
-    Prefill has both prompts in its cache, so that a request is all transfer; the network is slow, so that aborts come
-    in its middle; the decode server's pool does not hold both.
+    Prefill has both prompts in its cache, so that a request is only a transfer. The network is slow, so that aborts
+    come in the middle of the transfer. The decode server's pool does not hold both prompts.
     """
     chooser = random.Random(times)
     late = [counters(server)["late_dropped"] for server in (faulty.prefill, faulty.decode)]
@@ -50,15 +50,15 @@ def test_pages_reused_at_once_after_an_abort_in_mid_transfer(faulty: Faulty, hei
             in_the_middle += bool(call.result().failure)
     assert in_the_middle > times // 2
     grown = [counters(s)["late_dropped"] - old for s, old in zip((faulty.prefill, faulty.decode), late, strict=True)]
-    assert all(grown), grown  # chunks of aborted rooms did come, and receipts of them
+    assert all(grown), grown  # chunks of aborted rooms did come, and so did their receipts
 
 
 @pytest.mark.parametrize("side", ["prefill", "decode"])
 def test_each_rank_ends_its_own_part_of_an_aborted_room(faulty: Faulty, heir: Answer, side: str) -> None:
-    """An abort on one side reaches every rank of the other, and each ends the room by itself and says so."""
+    """An abort on one side reaches every rank of the other side, and each rank ends the room by itself and says so."""
     lines = {server.name: len(transfer_lines(server)) for server in (faulty.prefill, faulty.decode)}
     failed = {server.name: series(server)["rooms_failed_total"] for server in (faulty.prefill, faulty.decode)}
-    # nothing is to arrive before the abort, however slow this machine is
+    # The cache must not arrive before the abort, however slow this machine is.
     with faulty.network("throttle", bytes_per_s=SLOW / 6), concurrent.futures.ThreadPoolExecutor(1) as pool:
         call = pool.submit(faulty.route.ask, VICTIM, TOKENS, rid=f"fan-out-{side}")
         until_in_flight(faulty.decode, call)

@@ -1,4 +1,4 @@
-"""A bad network between real servers: afterwards they hold nothing, all threads live, and answers are the same bits."""
+"""A bad network between real servers: afterwards they hold nothing, all threads live, and answers are bit-identical."""
 
 import concurrent.futures
 import time
@@ -10,7 +10,7 @@ from tests.e2e.faulty import FAULTS, PEER_TIMEOUT_S, PROMPTS, SLOW, TOKENS, Faul
 from tests.wire.fakes import FakeDecode, hello
 from tests.wire.test_hostile import MALFORMED
 
-# these take as long as the others and find the same on the wire, where tests/wire tries them every time
+# These take as long as the other faults and find the same errors as tests/wire, which tries them every time.
 RARE = ("drop", "duplicate", "reorder", "truncate")
 
 
@@ -27,7 +27,7 @@ def test_bad_network(faulty: Faulty, fault: str) -> None:
 
 
 def test_network_gone_for_longer_than_the_heartbeat_and_back(faulty: Faulty) -> None:
-    """Both sides give the other up, fail what was under way, and take each other up again."""
+    """Each side gives the other up, fails the requests under way, and later accepts the other side again."""
     before = faulty.held()
     lost = [counters(server)["peers_lost"] for server in faulty.servers]
     with concurrent.futures.ThreadPoolExecutor(1) as pool, faulty.network("throttle", bytes_per_s=SLOW):
@@ -35,7 +35,7 @@ def test_network_gone_for_longer_than_the_heartbeat_and_back(faulty: Faulty) -> 
         for server in (faulty.decode, faulty.prefill):
             until_in_flight(server, call, rooms=len(PROMPTS))
         with faulty.network_gone():
-            answers = call.result()  # each ends by itself, while nothing comes through
+            answers = call.result()  # every request ends by itself, while nothing comes through
             deadline = time.monotonic() + 60  # servers without a request under way notice in their own time
             while any(counters(s)["peers_lost"] <= old for s, old in zip(faulty.servers, lost, strict=True)):
                 assert time.monotonic() < deadline
@@ -72,7 +72,7 @@ def test_hostile_frames_at_a_serving_prefill_rank(faulty: Faulty) -> None:
             fake.close()
     now = counters(faulty.prefill)
     grown = {name: now[name] - at_start[name] for name in ("malformed_dropped", "refused", "unknown_peer")}
-    # an oversized message ends its connection; what it had still to say is lost with it
+    # An oversized message ends its connection, and the rest of the connection's messages are lost.
     assert grown["malformed_dropped"] >= len(MALFORMED) and grown["refused"] >= len(MALFORMED), grown
     assert grown["unknown_peer"] >= len(MALFORMED), grown
     faulty.at_rest(before)

@@ -55,7 +55,7 @@ def test_what_a_bootstrap_server_says_wrong_fails_one_request(
 
 
 def test_a_silent_bootstrap_server_delays_no_other_request(faulty: Faulty) -> None:
-    """The bootstrap server takes connections and says nothing: other requests go on, and the one that waits fails."""
+    """The bootstrap server accepts connections and says nothing: other requests go on, and the one that waits fails."""
     with (
         socket.create_server(("127.0.0.1", 0), backlog=128) as silent,
         concurrent.futures.ThreadPoolExecutor(1) as pool,

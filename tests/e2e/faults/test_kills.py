@@ -1,4 +1,4 @@
-"""kill -9 of one side under load: the survivors are well, fail what was in flight, and serve when it is back."""
+"""kill -9 of one side under load: survivors stay well, fail the requests in flight, and serve when it is back."""
 
 import concurrent.futures
 import contextlib
@@ -12,7 +12,7 @@ from tests.e2e.prompts import source
 from tests.e2e.servers import Server, idle, wait_idle
 from tests.e2e.traffic import Answer, Load
 
-# some 1,500 tokens: many chunks, no common prefix
+# Prompts of some 1,500 tokens: many chunks, no common prefix.
 LONG = [source(seed=9 + n, characters=5_000) for n in range(2)]
 FAIL_WITHIN_S = 100.0
 
@@ -25,7 +25,7 @@ def until_running(server: Server) -> None:
 
 
 def until_answered(load: Load, requests: int) -> None:
-    """Wait until the load beside has had that many right answers from the plain decode server."""
+    """Wait until the load has had that many right answers from the plain decode server."""
     deadline = time.monotonic() + 120
     while load.right["single"] < requests:
         assert time.monotonic() < deadline, load.failures
@@ -33,18 +33,17 @@ def until_answered(load: Load, requests: int) -> None:
 
 
 def failed(call: concurrent.futures.Future[Answer]) -> str:
-    """Return why the request failed, as it must have."""
+    """Return the reason of a request's failure, which must have happened."""
     answer = call.result(FAIL_WITHIN_S)
     assert answer.failure, answer
     return answer.failure
 
 
 def test_decode_killed_at_every_stage_under_load(faulty: Faulty) -> None:
-    """The ranks of one request have not asked yet, another is in mid-chunk, a third decodes; others are served
-    meanwhile.
+    """One request's ranks have not asked yet, another is in mid-chunk, a third decodes; other requests are served.
 
-    Prefill fails the first two (the first after a time of its own, as nobody ever asks), and none
-    of the other decode server's.
+    Prefill fails the first two (the first after a separate time limit, since nobody ever asks), and none of the other
+    decode server's requests.
     """
     route, before = faulty.route, faulty.held()
     lines = len(faulty.prefill.log.read_text(errors="replace").splitlines())
@@ -55,13 +54,13 @@ def test_decode_killed_at_every_stage_under_load(faulty: Faulty) -> None:
         calls = [pool.submit(route.ask, PROMPTS[0], 1500, stream=True)]
         until_running(faulty.decode)
         with contextlib.ExitStack() as halt:
-            with faulty.network("throttle", bytes_per_s=SLOW / 6):  # until the ranks stop: the load is not to wait
+            with faulty.network("throttle", bytes_per_s=SLOW / 6):  # only until the ranks stop, to spare the load
                 arrived = counters(faulty.decode)["chunks"]
                 calls.append(pool.submit(route.ask, LONG[0], TOKENS))
                 until_in_flight(faulty.decode, calls[-1], arrived)
                 halt.enter_context(stopped(*faulty.decode.schedulers()))
             calls.append(pool.submit(route.ask, PROMPTS[2], TOKENS))
-            # Prefill takes requests in their order: it has this one when two later ones were answered.
+            # Prefill takes requests in order, so it has this one when two later requests have been answered.
             until_answered(load, load.right["single"] + 2)
             faulty.decode.kill()
         for call in calls:
@@ -76,24 +75,24 @@ def test_decode_killed_at_every_stage_under_load(faulty: Faulty) -> None:
 
 
 def test_prefill_killed_in_mid_chunk_under_load(faulty: Faulty) -> None:
-    """Every request of the prefill server fails with a reason; started anew, it serves both servers."""
+    """Every request of the prefill server fails with a reason; after a restart it serves both decode servers."""
     survivors, before = (faulty.decode, faulty.single), faulty.held()
     pids = [server.process.pid for server in survivors if server.process is not None]
     with Load([faulty.route, faulty.side], PROMPTS, faulty.expected, TOKENS) as load:
         with (
             concurrent.futures.ThreadPoolExecutor(2) as pool,
-            faulty.network("throttle", bytes_per_s=SLOW / 6),  # neither is there before the other has begun
+            faulty.network("throttle", bytes_per_s=SLOW / 6),  # neither transfer ends before the other has begun
         ):
             arrived = [counters(server)["chunks"] for server in survivors]
             calls = [pool.submit(route.ask, LONG[1], TOKENS) for route in (faulty.route, faulty.side)]
             for server, call, chunks in zip(survivors, calls, arrived, strict=True):
-                until_in_flight(server, call, chunks, rooms=2)  # beside one of the load
+                until_in_flight(server, call, chunks, rooms=2)  # one of the rooms is the load's
             faulty.prefill.kill()
             answers = [call.result(FAIL_WITHIN_S) for call in calls]
         served = dict(load.right)
         faulty.prefill.start().wait()
         for answer in answers:
-            assert "rank" in answer.failure, answer  # who was lost, or which of this server's ranks lost it
+            assert "rank" in answer.failure, answer  # the lost rank, or the rank of this server that lost it
         deadline = time.monotonic() + 120
         while any(load.right[name] == served[name] for name in served):
             assert time.monotonic() < deadline, load.failures
@@ -103,28 +102,28 @@ def test_prefill_killed_in_mid_chunk_under_load(faulty: Faulty) -> None:
 
 
 def test_first_token_is_the_same_for_any_decode_layout(faulty: Faulty) -> None:
-    """Two prefill ranks share the sending to one plain MLA decode rank, as to two ranks with a slice each."""
+    """Two prefill ranks share the sending both to one plain MLA decode rank and to two ranks with a slice each."""
     first, second = (faulty.expected["decode"], faulty.expected["single"])
     assert [answer.tokens[0] for answer in first] == [answer.tokens[0] for answer in second]
     wait_idle(*faulty.servers)
 
 
 def test_no_shared_memory_on_the_prefill_server(faulty: Faulty) -> None:
-    """The server may make no file as large as its segment: it says so, and all rows go through sockets."""
+    """The server may not make a file as large as its segment: it says so, and all rows go through sockets."""
     said = faulty.prefill.log.read_text(errors="replace")
     assert "no shared memory of" in said and "File too large" in said
     assert counters(faulty.decode)["wire_bytes"] > 0
 
 
 def test_statistics_of_live_traffic(faulty: Faulty, nano_mla: str, statistics_folder: Path) -> None:
-    """The prefill ranks' sums over their traffic are those of the plain model over such text."""
+    """The prefill ranks' sums over their traffic match those of the plain model over the same texts."""
     from tokenizers import Tokenizer
 
     from sglang_tpla.measure.statistics import Statistics, collect, combine
     from sglang_tpla.reference_model.forward import PlainModel
 
     files = sorted(statistics_folder.glob("*.safetensors"))
-    assert len(files) >= 2 and len(files) % 2 == 0  # one a rank, of each life of the server that wrote any
+    assert len(files) >= 2 and len(files) % 2 == 0  # one a rank for each start of the server that wrote any
     whole = combine([Statistics.load(path) for path in files])
     assert whole.tokens >= 3000 and whole.layers[0].query_outer.shape == (8, 32, 32)
     tokenizer = Tokenizer.from_file(f"{nano_mla}/tokenizer.json")
@@ -137,5 +136,5 @@ def test_statistics_of_live_traffic(faulty: Faulty, nano_mla: str, statistics_fo
                 float(torch.nn.functional.cosine_similarity(ours, getattr(layer, what).flatten(), dim=0))
                 for layer in plain
             ]
-            # the traffic was these texts, in another proportion, and a few more
+            # The traffic was these texts in another proportion, and a few others.
             assert alike[number] > 0.9 and alike[number] == max(alike), (number, what, alike)

@@ -1,4 +1,4 @@
-"""What an operator sees of real servers: series and log lines that agree, and answers to the dashboard's questions."""
+"""An operator's view of real servers: series and log lines agree, and the dashboard's queries have answers."""
 
 import re
 import time
@@ -11,7 +11,7 @@ from tests.e2e.servers import Server, transfer_lines, wait_idle
 
 
 def told(server: Server, lines: int) -> dict[int, dict[str, float]]:
-    """Return what the log lines after the first ``lines`` add up to, by rank."""
+    """Return the sums over the log lines after the first ``lines``, by rank."""
     sums: dict[int, dict[str, float]] = {}
     for line in transfer_lines(server)[lines:]:
         rank = sums.setdefault(line["rank"], dict.fromkeys(("bytes", "seconds", "rooms", "resent"), 0))
@@ -31,7 +31,7 @@ NAMES = {
 
 
 def test_series_of_every_rank_are_what_its_log_lines_add_up_to(faulty: Faulty) -> None:
-    """Each transfer has one line a rank. The slices of two ranks, and what one of them relays, count once each."""
+    """Each transfer has one line a rank; two ranks' slices, and the rows that one of them relays, count once each."""
     wait_idle(*faulty.servers)
     time.sleep(2)  # series are copied each second
     lines = [len(transfer_lines(server)) for server in faulty.servers]
@@ -52,7 +52,7 @@ def test_series_of_every_rank_are_what_its_log_lines_add_up_to(faulty: Faulty) -
             time.sleep(0.2)
     sent = sum(told(faulty.prefill, lines[0])[rank]["bytes"] for rank in (0, 1))
     values = sent / sum(line["tokens"] for line in transfer_lines(faulty.single)[lines[2] :]) / 4 / 4
-    # float32, four layers: the whole row for plain MLA, and two slices of 80 with 32 of them, and the rope, in common
+    # float32, four layers: the whole row for plain MLA, and two slices of 80, which share 32 columns and the rope.
     assert values <= 1.05 * (128 + 32 + 2 * 80 - 32 + 32), values
 
 

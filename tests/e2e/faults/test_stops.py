@@ -1,4 +1,4 @@
-"""A rank stopped with SIGSTOP: its own requests fail with a reason, all others are served, and it is taken up again."""
+"""A rank stopped with SIGSTOP: its own requests fail with a reason, all others are served, and the rank recovers."""
 
 import concurrent.futures
 import time
@@ -12,7 +12,7 @@ from tests.e2e.traffic import Load, Route
 
 
 def serve_meanwhile(faulty: Faulty, halted: psutil.Process, stuck: Route, others: Route, seconds: float) -> None:
-    """Stop a process for so long. Requests of ``others`` are all right, one of ``stuck`` ends, and all is as before."""
+    """Stop a process; requests of ``others`` are all right, one of ``stuck`` ends, and all is as before."""
     before = faulty.held()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         with Load([others], PROMPTS, faulty.expected, TOKENS) as load, stopped(halted):
@@ -40,7 +40,7 @@ def test_decode_rank_stopped(faulty: Faulty, rank: int, seconds: float) -> None:
 
 
 def test_decode_rank_stopped_for_a_moment(faulty: Faulty) -> None:
-    """The rank stops for less than the heartbeat's patience: nothing fails, not even what was under way."""
+    """The rank stops for less than the heartbeat's patience: nothing fails, not even requests under way."""
     before = faulty.held()
     with concurrent.futures.ThreadPoolExecutor(1) as pool, faulty.network("throttle", bytes_per_s=SLOW):
         call = pool.submit(faulty.ask_all)
