@@ -24,10 +24,10 @@
 #define STRIPES 16 /* stripes of a block, after which the accumulators are scrambled */
 #define BLOCK ((size_t)STRIPES * STRIPE)
 #define STEP ((size_t)512 << 10)         /* bytes of a copy or send that stay in a core's own cache until the check */
-#define RECEIVE_STEP ((size_t)128 << 10) /* less, because the kernel writes received bytes and fills the cache too */
+#define RECEIVE_STEP ((size_t)128 << 10) /* less, because the system writes received bytes and fills the cache too */
 #define VECTOR 64 /* pieces of one system call */
 #define PATIENCE_NS 200000 /* busy-poll up to 200 us if the peer just sustained 2 GB/s; waking a thread costs more */
-#define FAST_BYTES ((size_t)64 << 10) /* the least bytes between two waits over which that rate is measured */
+#define FAST_BYTES ((size_t)64 << 10) /* measure that rate over at least so many bytes between two waits */
 #define FAST_BYTES_PER_US 2000 /* on a slower link it pays to sleep until the next bytes come */
 
 static const uint32_t PRIME32_1 = 0x9E3779B1U, PRIME32_2 = 0x85EBCA77U, PRIME32_3 = 0xC2B2AE3DU;
@@ -99,9 +99,9 @@ __attribute__((target("avx2"))) static void mix_avx2(uint64_t *lanes, const uint
 #define HAS_AVX512 1
 enum { NOWHERE, INTO_CACHE, PAST_CACHE_16, PAST_CACHE_64 }; /* a copy's target; the number is its alignment */
 
-/* Mix in whole blocks, scramble included, with all operands in registers. Copy the blocks on the way, while the next
- * bytes come from memory. There are two sums of products, because additions to a single one would wait for each other,
- * and one sum of the words, which are swapped once a block. */
+/* Mix in whole blocks (if `checked`), scramble included, with all operands in registers. Copy them on the way (unless
+ * NOWHERE), while the next bytes come from memory. There are two sums of products, because additions to a single one
+ * would wait for each other, and one sum of the words, which change places once a block. */
 static inline __attribute__((always_inline, target("avx512f,avx512dq"))) void blocks_512(uint64_t *lanes, uint8_t *to,
                                                                                          const uint8_t *from,
                                                                                          size_t blocks, const int where,

@@ -9,7 +9,7 @@ from sglang_tpla.transfer.room import remember
 
 
 class EndedRooms:
-    """Remembers ended generations by decode agent, which is a process, because its connections come and go."""
+    """Remembers ended generations by decode agent (a process) and not by connection: connections come and go."""
 
     def __init__(self) -> None:
         # the newest generation of a room that has ended for an agent
