@@ -1,6 +1,6 @@
-"""How a room's rows are cut into chunks: rectangles of layers x tokens x one part of the row (`cache_rows.parts`).
+"""The cutting of a room's rows into chunks: rectangles of layers x tokens x one part of the row (`cache_rows.parts`).
 
-A chunk's payload is layer by layer, token by token, without padding.
+A chunk's payload has the rows layer by layer, token by token, without padding.
 """
 
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from sglang_tpla.transfer import messages
 
-# A GPU's chunk is made, checked, written and checked, one after the other, by as many threads. So a short prompt's rows
-# are cut into as many chunks, unless these were so small that the messages of each would cost more. On a CPU one thread
-# does most of it, and smaller chunks gained nothing.
+# On GPUs a chunk passes through four stages, each with its own thread: make, check, write, check. So a short prompt's
+# rows are cut into four chunks to fill this pipeline, unless chunks would be so small that their messages cost more. On
+# a CPU one thread does most of the work, and smaller chunks gained nothing.
 STAGES, LEAST_BYTES = {"cpu": 1, "cuda": 4}, 4 << 20
 
 
@@ -31,16 +31,16 @@ def layers_of(chunk: Rectangle | messages.Chunk | messages.Share) -> range:
 
 
 def share_of(layers: int, index: int, count: int) -> range:
-    """Return the layers, counted from a rank's first one, that it sends where ``count`` ranks hold the same ones.
+    """Return the layers that a rank sends, counted from its first one, if ``count`` ranks hold the same layers.
 
-    Ranks share a request by layers and by nothing else, so that each may cut its own into chunks as it likes: the
-    shares are disjoint and whole whatever its chunk size, its memory and the steps in which its rows come.
+    Ranks share a request only by layers, so that each rank may cut its share into chunks as it likes: the shares are
+    disjoint and complete, whatever a rank's chunk size, its memory, and the steps in which its rows come.
     """
     return range(layers * index // count, layers * (index + 1) // count)
 
 
 def enough_bytes(total_bytes: int, device: str) -> int:
-    """Return how large chunks of so many bytes in all need to be at most."""
+    """Return the chunk size beyond which larger chunks of ``total_bytes`` in all gain nothing."""
     return max(-(-total_bytes // STAGES[device]), LEAST_BYTES)
 
 
@@ -49,8 +49,8 @@ def cut(
 ) -> list[Rectangle]:
     """Cut ``tokens`` rows of ``widths`` values in every layer into rectangles of at most ``max_bytes``.
 
-    Few tokens: many layers a chunk. Many tokens: one layer a chunk, in blocks of like size. Layers of width 0
-    are covered without bytes. Raises ValueError if one row does not fit in ``max_bytes``.
+    With few tokens a chunk has many layers. With many tokens a chunk has one layer, and blocks of tokens are of similar
+    size. Layers of width 0 are covered without bytes. Raises ValueError if one row does not fit in ``max_bytes``.
     """
     row_bytes = max(widths, default=0) * item_bytes
     if row_bytes > max_bytes:

@@ -1,9 +1,9 @@
 """The wire format: one header frame, and for some messages one payload frame (PROTOCOL.md is the specification).
 
 A header is ``b"TPLA"``, the framing version, a digest of the rest, and one msgpack array: a message tag, then the
-message's fields in order. The digest is what keeps a flipped bit in, say, ``first_token`` from writing good rows to a
-wrong place. Decoding is strict: a wrong digest, unknown tags, missing or extra fields, wrong types and values out of
-range are all `FrameError`, and nothing larger than ``MAX_HEADER_BYTES`` is looked at.
+message's fields in order. The digest keeps a flipped bit in, say, ``first_token`` from writing good rows to a wrong
+place. Decoding is strict: a wrong digest, unknown tags, missing or extra fields, wrong types and values out of range
+are all `FrameError`, and nothing larger than ``MAX_HEADER_BYTES`` is decoded.
 """
 
 from typing import Annotated, Any, TypeAlias
@@ -17,7 +17,7 @@ from sglang_tpla.errors import SglangTplaError
 FRAMING_VERSION = 2
 PROTOCOL_VERSIONS = (5, 5)  # lowest and highest protocol version this release speaks
 PREFIX = b"TPLA" + bytes([FRAMING_VERSION])
-HEAD_BYTES = len(PREFIX) + 8  # and the digest
+HEAD_BYTES = len(PREFIX) + 8  # prefix and digest
 MAX_HEADER_BYTES = 64 << 10
 CHANNEL_TOKEN_BYTES = 16
 CHANNEL_KEY_BYTES = 32  # AES-256
@@ -27,7 +27,7 @@ MAX_PROJECTION_BYTES = 64 << 20  # one layer's matrix: 4096 x 4096 float32
 MAX_METADATA_BYTES = 16 << 20
 MAX_COLOCATED = 256
 MAX_OFFSETS = 4096
-OPENED, DAMAGED = b"", b"damaged"  # instead of a checksum: what a sealed chunk's tag has shown
+OPENED, DAMAGED = b"", b"damaged"  # the result of a sealed chunk's tag, in place of a checksum
 MAX_ROOMS = 4096  # in one Expected
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -45,7 +45,7 @@ ChannelToken = Annotated[bytes, Meta(min_length=CHANNEL_TOKEN_BYTES, max_length=
 
 
 class FrameError(SglangTplaError, ValueError):
-    """A frame that is not of this protocol; the text says what was wrong with it."""
+    """A frame that is not of this protocol; the text names the error."""
 
 
 class FramingVersionError(FrameError):
@@ -71,7 +71,7 @@ class _ChunkMessage(_RoomMessage, frozen=True):
 
 
 class CacheLayout(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A decode rank's cache: what the prefill rank must agree to before it serves it."""
+    """The layout of a decode rank's cache, which a prefill rank checks before it serves the decode rank."""
 
     first_layer: Small
     latent_dim: Positive
@@ -94,8 +94,8 @@ class Segment(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
 
 class DataChannel(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Where chunks are fetched by a plain socket, the word that says for which connection, and the key that seals them;
-    none where the connection that this comes on is not encrypted either.
+    """The offer of a data channel: its port, the token that binds it to this connection, and the key that seals chunks.
+    There is no key if this connection is not encrypted.
     """
 
     port: Port
@@ -120,9 +120,9 @@ class Hello(_Message, frozen=True, tag=1):
 
 
 class Welcome(_Message, frozen=True, tag=2):
-    """prefill -> decode: registered, unless ``need_projection``, then after the projection has come.
+    """prefill -> decode: the rank is registered, or with ``need_projection`` will be after its projection has come.
 
-    ``age_ms``: since the agent began; ``context_tokens``, ``pool_tokens``: prompts of so many tokens fit, 0: unsaid.
+    ``age_ms`` is the agent's age; ``context_tokens`` and ``pool_tokens`` are the longest prompts that fit; 0: not said.
     """
 
     version: Small
@@ -139,7 +139,7 @@ class Welcome(_Message, frozen=True, tag=2):
 
 
 class Refused(_Message, frozen=True, tag=3):
-    """prefill -> decode: this rank will not be served. Keeps its form in every framing version."""
+    """prefill -> decode: this rank will not be served. The message keeps its form in every framing version."""
 
     reason: Sentence
 
@@ -153,7 +153,7 @@ class ProjectionLayer(_Message, frozen=True, tag=4):
 
 
 class Ping(_Message, frozen=True, tag=5):
-    """Either way on an idle connection; answered with Pong."""
+    """Either way, to show a sign of life; answered with Pong."""
 
     number: Count
 
@@ -163,7 +163,7 @@ class Pong(_Message, frozen=True, tag=6):
 
 
 class Unregistered(_Message, frozen=True, tag=7):
-    """prefill -> decode: a message came from a peer that never said Hello; register again."""
+    """prefill -> decode: register again. The peer is not known here, or messages or chunks were lost."""
 
 
 class Request(_RoomMessage, frozen=True, tag=8):
@@ -178,13 +178,13 @@ class Request(_RoomMessage, frozen=True, tag=8):
 
 
 class Want(_RoomMessage, frozen=True, tag=9):
-    """prefill -> decode: chunk bytes of this room that are ready or sent so far, in all."""
+    """prefill -> decode: the total chunk bytes of this room that are ready or sent so far."""
 
     total_bytes: Count
 
 
 class Credit(_RoomMessage, frozen=True, tag=10):
-    """decode -> prefill: chunk bytes of this room that may be sent so far, in all."""
+    """decode -> prefill: the total chunk bytes of this room that may be sent so far."""
 
     total_bytes: Count
 
@@ -208,11 +208,11 @@ class Ack(_ChunkMessage, frozen=True, tag=12):
 
 
 class Nack(_ChunkMessage, frozen=True, tag=13):
-    """decode -> prefill: this chunk came damaged, send it again."""
+    """decode -> prefill: this chunk came damaged; send it again."""
 
 
 class Finish(_RoomMessage, frozen=True, tag=14):
-    """prefill -> decode, payload metadata row: nothing more comes after ``chunks`` chunks of ``tokens`` tokens."""
+    """prefill -> decode, payload metadata row: this rank's ``chunks`` chunks of ``tokens`` tokens are all there are."""
 
     chunks: Small
     tokens: Small
@@ -220,7 +220,7 @@ class Finish(_RoomMessage, frozen=True, tag=14):
 
 
 class Done(_RoomMessage, frozen=True, tag=15):
-    """decode -> prefill: every chunk and the metadata row are in place."""
+    """decode -> prefill: every chunk and the metadata row are written."""
 
 
 class Abort(_RoomMessage, frozen=True, tag=16):
@@ -242,14 +242,14 @@ class Goodbye(_Message, frozen=True, tag=18):
 
 
 class Colocated(_Message, frozen=True, tag=19):
-    """prefill -> decode: the other registered ranks of your host, whole list; answered with Mapped."""
+    """prefill -> decode: the whole list of the other registered ranks of your host; answered with Mapped."""
 
     number: Count
     segments: Annotated[tuple[Segment, ...], Meta(max_length=MAX_COLOCATED)]
 
 
 class Mapped(_Message, frozen=True, tag=20):
-    """decode -> prefill: the agents whose segments this rank can read, whole list."""
+    """decode -> prefill: the whole list of the agents whose segments this rank can read."""
 
     number: Count
     agents: Annotated[tuple[Name, ...], Meta(max_length=MAX_COLOCATED + 1)]
@@ -284,7 +284,7 @@ class Resume(_RoomMessage, frozen=True, tag=24):
     """decode -> prefill, after a Request that repeats the first one: go on with this room on a new connection.
 
     ``applied`` has a bitmap for each part: bit ``s % 8`` of byte ``s // 8`` is set for chunks in the pool.
-    ``credit_bytes`` is where both sides count chunk bytes from.
+    Both sides count chunk bytes from ``credit_bytes`` on.
     """
 
     credit_bytes: Count
@@ -292,13 +292,13 @@ class Resume(_RoomMessage, frozen=True, tag=24):
 
 
 class Expected(_Message, frozen=True, tag=25):
-    """decode -> prefill: these rooms are known here, and will be asked for when there are pages."""
+    """decode -> prefill: this rank knows these rooms, and will ask for them when it has pages."""
 
     rooms: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=MAX_ROOMS)]
 
 
 class Capacity(_Message, frozen=True, tag=26):
-    """decode -> prefill, after Welcome: prompts of so many tokens fit here; 0: unsaid."""
+    """decode -> prefill, after Welcome: the longest prompts that fit in this rank's context and pool; 0: not said."""
 
     context_tokens: Small
     pool_tokens: Small
@@ -326,7 +326,7 @@ def running_checksum() -> xxhash.xxh3_64:
 
 
 def sentence(text: str) -> str:
-    """Cut ``text`` to what a `Sentence` field takes, and spell out half characters, which a client's words may hold."""
+    """Cut ``text`` to the length of a `Sentence`, and escape lone surrogates, which a client's text may hold."""
     text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= 2048 else text[:2045] + "..."
 
@@ -345,9 +345,9 @@ def decode(header: Buffer, has_payload: bool) -> Message:
     """Return the message in a header frame.
 
     Raises:
-        FramingVersionError: of another framing version, and no `Refused`.
-        FrameError: not of this protocol, damaged, malformed, or with a payload that it must not have (or without one
-            that it must).
+        FramingVersionError: the header has another framing version and is no `Refused`.
+        FrameError: the header is not of this protocol, damaged or malformed, or has a payload that it must not have, or
+            lacks one that it must have.
     """
     view = memoryview(header)
     if view.nbytes > MAX_HEADER_BYTES:

@@ -1,9 +1,9 @@
 """Prometheus series ``sglang_tpla:*`` of this process's agents, beside SGLang's own.
 
-Engine processes serve their metrics in multiprocess mode, where nothing is asked at a scrape: `AgentPublisher` copies
-each agent's `AgentStats` into ordinary gauges and counters, and the durations of its transfers into a histogram. They
-are merged over processes, each under its own ``role`` and ``rank``. Transfers are counted on the rank that took part:
-sum over ``role="prefill"`` for what was sent, over ``role="decode"`` for what each rank received.
+Engine processes serve their metrics in multiprocess mode, where a scrape cannot ask an agent: `AgentPublisher` copies
+each agent's `AgentStats` into ordinary gauges and counters, and the durations of its transfers into a histogram. The
+series of all processes are merged, each under its own ``role`` and ``rank``. Each rank counts the transfers that it
+took part in: sum over ``role="prefill"`` for the bytes sent, over ``role="decode"`` for the bytes that ranks received.
 """
 
 import threading
@@ -86,7 +86,7 @@ class AgentPublisher:
                 gauge.labels(*labels).set(getattr(stats, name))
             for name, counter in self._counters.items():
                 key, value = (name, *labels), float(getattr(stats, name))
-                # there from the first copy on: rates need the zero before a one
+                # made at the first copy, because a rate needs the zero before the first one
                 series = counter.labels(*labels)
                 if value > (told := self._told.get(key, 0.0)):
                     series.inc(value - told)
@@ -96,7 +96,7 @@ class AgentPublisher:
                 latency.observe(agent.durations.popleft())
 
     def close(self) -> None:
-        """Copy a last time and end."""
+        """Copy the statistics a last time, and end the thread."""
         self._stop.set()
         self._thread.join(5.0)
 

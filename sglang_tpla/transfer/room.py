@@ -1,4 +1,4 @@
-"""Rooms as the engine sees them: their states, limits and figures. Sizes in bytes, times in seconds."""
+"""Rooms as the engine sees them: their states, limits and statistics. Sizes are in bytes, times in seconds."""
 
 import enum
 from collections import OrderedDict
@@ -9,20 +9,20 @@ from sglang_tpla.errors import SglangTplaError
 
 
 class TransferError(SglangTplaError, RuntimeError):
-    """A transfer call that cannot work: what was expected, what came, where, what to do."""
+    """A transfer call that cannot work. The text says what was expected, what came, where, and what to do."""
 
 
 MAX_ROOM_ID = 2**63 - 1
-REFUSED = "refused the request: "  # in a reason: the request cannot be served as it is, which its client is told (400)
+REFUSED = "refused the request: "  # marks a reason for which the request's client is answered with 400
 OTHER_PROMPT = REFUSED + (
     "the two servers have prompts of different lengths in one room; let every request have a room of its own, and both "
     "servers the same tokenizer and chat template"
 )
-MAX_REMEMBERED = 65536  # in a table of what has ended
+MAX_REMEMBERED = 65536  # entries in a table of ended rooms
 
 
 def remember(table: OrderedDict[Any, Any], key: object, value: object) -> None:
-    """Keep a value, and forget the oldest of too many."""
+    """Keep a value in a table, and forget the oldest value if there are too many."""
     table[key] = value
     table.move_to_end(key)
     while len(table) > MAX_REMEMBERED:
@@ -33,7 +33,7 @@ def check_room_id(room_id: int) -> None:
     """Refuse a room id that no message can carry.
 
     Raises:
-        TransferError: naming the range.
+        TransferError: the id is no integer in the range that the message names.
     """
     if not isinstance(room_id, int) or not 0 <= room_id <= MAX_ROOM_ID:
         raise TransferError(f"a room id (bootstrap_room) must be an integer in 0...{MAX_ROOM_ID}; got {room_id!r}")
@@ -41,13 +41,13 @@ def check_room_id(room_id: int) -> None:
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a prompt a server can serve; 0: it does not say."""
+    """The longest prompt that a server can serve; 0 if the server does not say."""
 
-    context_tokens: int = 0  # that fit in the context length
-    pool_tokens: int = 0  # that fit in the cache
+    context_tokens: int = 0  # tokens that fit in the context length
+    pool_tokens: int = 0  # tokens that fit in the cache
 
     def unsupported_reason(self, tokens: int) -> str | None:
-        """Return why a prompt of so many tokens cannot be served, or None."""
+        """Return why a prompt of ``tokens`` tokens cannot be served, or None."""
         for limit, what in ((self.context_tokens, "context length"), (self.pool_tokens, "cache")):
             if limit and tokens > limit:
                 return f"a prompt of {tokens} tokens does not fit in its {what}, which takes {limit}"
@@ -58,7 +58,7 @@ NO_LIMITS = Limits()
 
 
 class RoomState(enum.IntEnum):
-    """Life of a room; the numbers are those of SGLang's ``KVPoll``."""
+    """The state of a room; the numbers are those of SGLang's ``KVPoll``."""
 
     FAILED = 0
     BOOTSTRAPPING = 1
@@ -68,7 +68,7 @@ class RoomState(enum.IntEnum):
 
     @property
     def ended(self) -> bool:
-        """True in the two states that nothing leaves."""
+        """True in the two final states."""
         return self in (RoomState.FAILED, RoomState.SUCCESS)
 
 
@@ -88,7 +88,7 @@ class TransferMetric:
 
 @dataclass(frozen=True)
 class AgentStats:
-    """Counters since the agent started, and gauges of now."""
+    """Counters since the agent started, and current gauges."""
 
     rooms: int = 0
     peers: int = 0

@@ -1,7 +1,7 @@
 """The threads of an agent, its lock and its counters, and the rule that nothing fails in silence.
 
-Lock order: a room's write gate (decode only) is never waited for while the agent's lock is held, and the agent's lock
-may be taken by any thread for a short time.
+Lock order: no thread waits for a room's write gate (decode only) while it holds the agent's lock. Any thread may take
+the agent's lock for a short time.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from sglang_tpla.transfer.memory.shared_memory import SharedSegment, host_identi
 from sglang_tpla.transfer.network.event_loop import IoLoop
 from sglang_tpla.transfer.room import RoomState, TransferError, TransferMetric
 
-FIRST_SLOTS = 2  # of staging, reserved at the start
-# Threads that make or write chunks. More are slower: each call into torch gives the interpreter away, all wait for it
-# (benchmarks/results/h200/NOTES.md). What a GPU copies is waited for and checked by others, which need no interpreter
-# for that.
+FIRST_SLOTS = 2  # staging slots whose memory is reserved at the start
+# The threads that make or write chunks. More threads are slower, because each call into torch releases the GIL and all
+# of them wait to get it back (benchmarks/results/h200/NOTES.md). Checkers wait for a GPU's copies and check the bytes,
+# for which they do not need the GIL.
 WORKERS = {"cpu": 1, "cuda": 2}
 CHECKERS = {"cpu": 0, "cuda": 2}
-SPARE_CORES = 4  # with as many, workers check what lies in a CPU pool, beside the I/O thread that moves it
-MAX_DURATIONS = 16384  # kept for whoever publishes them
+SPARE_CORES = 4  # with so many cores, workers check chunks in a CPU pool, so that the I/O thread only moves them
+MAX_DURATIONS = 16384  # durations kept until they are published
 
 
 class AnyRoom(Protocol):
@@ -61,7 +61,7 @@ class Workers:
         self.work = threading.Condition(self.lock)  # notified when there is work
         self.counts: Counter[str] = Counter()
         self.transfer_seconds = 0.0
-        # of rooms that succeeded, for whoever publishes them
+        # seconds of each room that succeeded, until they are published
         self.durations: deque[float] = deque(maxlen=MAX_DURATIONS)
         self.death: str | None = None
         self.closing = False
@@ -77,7 +77,7 @@ class Workers:
         return [threading.Thread(target=self._run, args=(run,), name=name, daemon=True) for name in names]
 
     def make_segment(self) -> SharedSegment | None:
-        """Return shared memory for staging, with a few slots reserved; None if settings or system have none."""
+        """Return shared memory for staging, with a few slots reserved; None if the settings or the system forbid it."""
         if not self.settings.shared_memory:
             return None
         slots = self.settings.staging_bytes // self.chunk_bytes
@@ -98,7 +98,7 @@ class Workers:
         return segment
 
     def host_identity(self) -> str:
-        """Return a text that tells hosts apart; it is unlike all others where shared memory is not wanted."""
+        """Return a text that identifies this host, or this agent alone if shared memory is not wanted."""
         return host_identity() if self.settings.shared_memory else self.agent_id
 
     def start(
@@ -111,8 +111,8 @@ class Workers:
         """Start all threads.
 
         Args:
-            next_work: takes a piece of work, if there is one, under the lock; a worker thread does it without.
-            tick: deadlines and heartbeats, on the I/O thread.
+            next_work: returns the next piece of work, or None, under the lock; a worker thread runs it without.
+            tick: handles deadlines and heartbeats, on the I/O thread.
             say_goodbye: tells the peers that the agent closes, on the I/O thread.
             fail_all: fails every room that has not ended, with a reason.
         """
@@ -132,7 +132,7 @@ class Workers:
             self.io.post(self._say_goodbye)
         self._join(self._workers)
         if not already:
-            for _ in self._checkers:  # after the last chunk that a worker has left to them
+            for _ in self._checkers:  # queued after the last chunk that a worker has left to the checkers
                 self._checks.put(None)
         self._join(self._checkers)
         self.io.stop()
@@ -171,14 +171,14 @@ class Workers:
             check()
 
     def aside(self, check: Callable[[], None]) -> None:
-        """Have a checker thread run this, or run it now where there is none."""
+        """Let a checker thread run ``check``, or run it now if there are no checkers."""
         if self._checkers:
             self._checks.put(check)
         else:
             check()
 
     def died(self, error: BaseException) -> None:
-        """Fail every room, and every later call, because a thread has ended."""
+        """Fail every room and every later call, because a thread has ended."""
         name = threading.current_thread().name
         self.log.critical("transfer thread %s ended", name, exc_info=error)
         with self.work:
@@ -187,13 +187,13 @@ class Workers:
             self.work.notify_all()
 
     def handler_failed(self, what: str, error: BaseException) -> None:
-        """Count and log an exception that ended no thread."""
+        """Count and log an exception that did not end its thread."""
         with self.lock:
             self.counts["internal_errors"] += 1
         self.log.error("transfer %s failed on %s rank %d", what, self.role, self.rank, exc_info=error)
 
     def check_alive(self) -> None:
-        """Refuse a call that nobody would carry out.
+        """Refuse a call that no thread would carry out.
 
         Raises:
             TransferError: a thread has ended, or the agent was closed.
@@ -207,7 +207,7 @@ class Workers:
         """Return a room that a scheduler has opened.
 
         Raises:
-            TransferError: it has not.
+            TransferError: the room is not open.
         """
         room = rooms.get(room_id)
         if room is None:
@@ -218,7 +218,7 @@ class Workers:
         """Refuse to open a room that is open and has not ended.
 
         Raises:
-            TransferError: it is.
+            TransferError: the room is open.
         """
         room = rooms.get(room_id)
         if room is not None and not room.state.ended:
@@ -248,7 +248,7 @@ class Workers:
         return message, parts[1] if len(parts) == 2 else None
 
     def took(self, seconds: float) -> None:
-        """Count a room that succeeded after so long. The caller holds the lock."""
+        """Count a room that succeeded after ``seconds``. The caller holds the lock."""
         self.counts["rooms_succeeded"] += 1
         self.transfer_seconds += seconds
         self.durations.append(seconds)
@@ -256,7 +256,7 @@ class Workers:
     def log_transfer(
         self, room_id: int, room: AnyRoom, peers: list[str], metric: TransferMetric, **more: float
     ) -> None:
-        """Log one line for a transfer that ended; ``at`` is the time of day in seconds since 1970."""
+        """Log one line for a transfer that has ended; ``at`` is the time of day in seconds since 1970."""
         line = {
             "role": self.role,
             "rank": self.rank,
@@ -276,5 +276,5 @@ class Workers:
 
 
 def seconds_since(start: float | None, end: float) -> float:
-    """Return the elapsed seconds, none before the start."""
+    """Return the seconds from ``start`` to ``end``, or 0 if nothing has started."""
     return 0.0 if start is None else end - start

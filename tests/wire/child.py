@@ -1,7 +1,7 @@
-"""A rank in a process of its own, to be stopped and killed: ``python -m tests.wire.child ROLE PORT``.
+"""A rank in a separate process, to be stopped and killed: ``python -m tests.wire.child ROLE PORT``.
 
-It says ``ready PORT`` and then obeys one command a line: ``ask ROOM``, ``open ROOM``, ``send ROOM
-last|part``, ``state ROOM``, each answered with one line.
+The process prints ``ready PORT`` and then obeys one command per line: ``ask ROOM``, ``open ROOM``, ``send ROOM
+last|part``, ``state ROOM``. It answers each command with one line.
 """
 
 import sys

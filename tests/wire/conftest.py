@@ -1,4 +1,4 @@
-"""Fixtures of the wire tests. Their pools are so small that rows would never be moved in extents."""
+"""Fixtures of the wire tests."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ from tests.wire.proxy import FaultProxy
 
 @pytest.fixture(autouse=True)
 def short_extents(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of one page are sent from where they lie, and received there."""
+    """Let the rows of one page be sent and received in place; the tests' pools are too small for the usual bound."""
     monkeypatch.setattr(iovec, "MIN_EXTENT_BYTES", 128)
 
 
 @pytest.fixture(params=["plain", "sketched"])
 def rows_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Decode ranks that are not given rows have these, child processes' too; for whole files by ``usefixtures``."""
+    """The rows of decode ranks, in child processes too, unless a test names others. Use it with ``usefixtures``."""
     monkeypatch.setattr(rig, "ROWS", request.param)
     monkeypatch.setenv("TEST_WIRE_ROWS", request.param)
     return request.param
@@ -33,7 +33,7 @@ def prefill() -> Iterator[rig.PrefillRank]:
 
 @pytest.fixture(params=[None])
 def decode(request: pytest.FixtureRequest) -> Iterator[rig.DecodeRank]:
-    """A decode rank on the host that the test names by ``indirect``, or on prefill's."""
+    """A decode rank on the host that the test names by ``indirect``, or on prefill's host."""
     rank = rig.decode_rank(host=request.param)
     with rig.serving(rank):
         yield rank
@@ -49,7 +49,7 @@ def far() -> Iterator[rig.DecodeRank]:
 
 @pytest.fixture
 def data(prefill: rig.PrefillRank) -> Iterator[FaultProxy]:
-    """The network that data channels go through."""
+    """A proxy that all data channels go through."""
     with contextlib.closing(FaultProxy(rig.data_port(prefill))) as proxy:
         rig.data_port(prefill, proxy.port)
         yield proxy

@@ -1,4 +1,4 @@
-"""Peers that speak the protocol by hand, to send what no agent would."""
+"""Peers that speak the protocol by hand, to send messages that no agent would send."""
 
 import socket
 import time
@@ -30,7 +30,7 @@ class FakeDecode:
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
-        if reads_little:  # what is not read soon fills the other side's queue
+        if reads_little:  # so that unread messages soon fill the other side's queue
             self.socket.setsockopt(zmq.RCVHWM, 1)
             self.socket.setsockopt(zmq.RCVBUF, 4096)
         self.socket.connect(f"tcp://127.0.0.1:{port}")
@@ -52,7 +52,7 @@ class FakeDecode:
         ready = dict(poller.poll(TIMEOUT_S * 1000))
         assert ready, "no answer"
         if self.socket not in ready and self.stream is not None:
-            if not self.stream.recv(1, socket.MSG_PEEK):  # it was ended
+            if not self.stream.recv(1, socket.MSG_PEEK):  # the channel was closed
                 self.stream.close()
                 self.stream = None
                 return self.read()
@@ -75,7 +75,7 @@ class FakeDecode:
         """Say Hello as a raw-latent rank, read the welcome, and open the data channel that it offers."""
         self.say(hello(**changes))
         offer = self.expect(messages.Welcome)[0].data
-        if self.stream is not None:  # of an earlier registration
+        if self.stream is not None:  # left from an earlier registration
             self.stream.close()
         self.stream = socket.create_connection(("127.0.0.1", offer.port))
         self.stream.settimeout(10)
@@ -92,7 +92,7 @@ class FakePrefill:
     """A bare ROUTER socket that welcomes one decode agent, and a port for its data channels.
 
     Attributes:
-        key: that it offers with a data channel.
+        key: the key that it offers with a data channel.
     """
 
     key: bytes | None = None
@@ -125,7 +125,7 @@ class FakePrefill:
         self.send(header, *([] if payload is None else [payload]))
 
     def channel(self) -> socket.socket:
-        """Return the data channel, once the agent has opened it and said whose it is."""
+        """Return the data channel, once the agent has opened it and sent the token."""
         if self.stream is None:
             self.stream = self.server.accept()[0]
             self.stream.settimeout(10)
@@ -163,7 +163,7 @@ class FakePrefill:
 
 
 def welcome(data: messages.DataChannel, **changes: object) -> messages.Welcome:
-    """Return the Welcome of a prefill rank that has lived for an hour and takes any prompt."""
+    """Return the Welcome of a prefill rank that is an hour old and accepts any prompt."""
     fields = {
         "version": messages.PROTOCOL_VERSIONS[1],
         "agent": "fake",
@@ -181,7 +181,7 @@ def welcome(data: messages.DataChannel, **changes: object) -> messages.Welcome:
 
 
 def hello(**changes: object) -> messages.Hello:
-    """Return the Hello of a decode rank of the rig that caches the whole latent."""
+    """Return the Hello of a decode rank with the rig's sizes that caches the whole latent."""
     layout = messages.CacheLayout(
         first_layer=0,
         latent_dim=rig.LATENT,

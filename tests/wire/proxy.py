@@ -1,4 +1,4 @@
-"""A TCP proxy between decode and prefill that does to their bytes what networks do."""
+"""A TCP proxy between decode and prefill that damages, delays and cuts their traffic as networks do."""
 
 import contextlib
 import random
@@ -11,13 +11,13 @@ Tamper = Callable[[bytes], bytes]
 
 
 class Spoiler:
-    """Does one thing to some of the pieces of bytes that pass.
+    """Spoils some of the pieces of bytes that pass, all in the same way.
 
     Args:
         kind: ``drop``, ``delay``, ``duplicate``, ``reorder``, ``truncate``, ``flip`` or ``throttle``.
-        seed: of the choice of pieces.
-        chance: of a piece to be spoiled; every piece is throttled.
-        bytes_per_s: of a throttled connection.
+        seed: seeds the choice of pieces.
+        chance: the probability that a piece is spoiled; every piece is throttled.
+        bytes_per_s: the rate of a throttled connection.
     """
 
     KINDS = ("drop", "delay", "duplicate", "reorder", "truncate", "flip", "throttle")
@@ -55,11 +55,10 @@ class Spoiler:
 
 
 class FaultProxy:
-    """Forwards each connection to ``port``, and each to its own ``data_port`` to that one.
+    """Forwards connections to ``port``, and connections to the proxy's own ``data_port`` to the given ``data_port``.
 
-    ``listen_port`` is where it listens itself, and for the data port on the port after it; 0 lets the system choose.
-
-    Faults are switched by its methods and attributes.
+    The proxy listens on ``listen_port``, and for the data port on the port after it; 0 lets the system choose. Its
+    methods and attributes switch faults on and off.
 
     Attributes:
         flowing: while cleared, nothing is forwarded, and connections stay open.
@@ -133,7 +132,7 @@ class FaultProxy:
                 continue
             try:
                 far = socket.create_connection(("127.0.0.1", target))
-            except OSError:  # nobody listens there now
+            except OSError:  # nothing listens there now
                 near.close()
                 continue
             for end in (near, far):
@@ -156,7 +155,7 @@ class FaultProxy:
         for end in (source, sink):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-        with self._guard:  # whichever direction ends last closes both
+        with self._guard:  # the direction that ends last closes both sockets
             pair = (sink, source) if from_prefill else (source, sink)
             self._ended.append(pair)
             if self._ended.count(pair) < 2:

@@ -26,8 +26,8 @@ from tests.wire.proxy import FaultProxy
 
 LAYERS, LATENT, ROPE, PAGE, PAGES = 3, 64, 16, 4, 96
 ITEM_BYTES = (64, 512)
-HOSTS = [None, "far", ""]  # of decode ranks: memory shared with prefill, among themselves only, not at all
-ROWS = os.environ.get("TEST_WIRE_ROWS", "plain")  # of decode ranks that are not given any: conftest.py
+HOSTS = [None, "far", ""]  # decode ranks share memory with prefill, only among themselves, or not at all
+ROWS = os.environ.get("TEST_WIRE_ROWS", "plain")  # the rows of decode ranks unless a test names others (conftest.py)
 SETTINGS = Settings(
     role="prefill",
     chunk_bytes=8 << 10,
@@ -39,7 +39,7 @@ SETTINGS = Settings(
 
 
 class WrittenLater:
-    """An event that writes a prefill rank's rows; before it they are zero."""
+    """An event that writes a prefill rank's rows, which are zero before it."""
 
     def __init__(self, prefill: PrefillRank) -> None:
         self.waited = False
@@ -59,7 +59,7 @@ def settings(**changes: float) -> Settings:
 
 
 def wait(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
-    """Return when the condition holds; fail with ``what`` if it does not come true."""
+    """Wait until the condition holds; fail with ``what`` if it does not within ``timeout_s``."""
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, f"waited {timeout_s} s for {what}"
@@ -68,7 +68,7 @@ def wait(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> N
 
 @dataclass
 class PrefillRank:
-    """A prefill agent and what it serves."""
+    """A prefill agent with the pool and metadata that it serves."""
 
     agent: PrefillAgent
     pool: CachePool
@@ -82,7 +82,7 @@ class PrefillRank:
 
 @dataclass
 class DecodeRank:
-    """A decode agent and what it fills."""
+    """A decode agent with the pool and metadata that it fills."""
 
     agent: DecodeAgent
     pool: CachePool
@@ -91,7 +91,7 @@ class DecodeRank:
 
     @property
     def row_bytes(self) -> int:
-        """The bytes of a row, where every layer has as many."""
+        """The bytes of a row, which must be equal in all layers."""
         (size,) = {layer[0].nbytes for layer in self.pool.layers}
         return size
 
@@ -137,7 +137,7 @@ def prefill_rank(
 
 
 def data_port(prefill: PrefillRank, announced: int | None = None) -> int:
-    """Return the port of a prefill rank's data channels, and have the rank tell decode ranks ``announced`` instead."""
+    """Return the port of a prefill rank's data channels, and make the rank announce another port, if given."""
     listener = prefill.agent.router.listener
     real = listener.announced_port
     listener.announced_port = real if announced is None else announced
@@ -145,7 +145,7 @@ def data_port(prefill: PrefillRank, announced: int | None = None) -> int:
 
 
 def through(prefill: PrefillRank) -> FaultProxy:
-    """Make a proxy for all of a prefill rank's traffic, that of the data channels included."""
+    """Make a proxy for all of a prefill rank's traffic, including its data channels."""
     proxy = FaultProxy(prefill.agent.address[1], data_port(prefill))
     data_port(prefill, proxy.data_port)
     return proxy
@@ -187,7 +187,7 @@ def sketched_projection(
 
 
 def even_rows() -> Projection | None:
-    """Return a projection to rows of the test's kind that are as long in every layer; None for plain rows."""
+    """Return a projection to rows of the test's kind with equal sizes in all layers; None for plain rows."""
     return sketched_projection(0, sketch_bits=(4,) * LAYERS) if ROWS == "sketched" else None
 
 
@@ -203,7 +203,7 @@ def decode_rank(
     rows: RowFormat | None = None,
     **changes: float,
 ) -> DecodeRank:
-    """Make a decode rank with zeroed rows: ``rows``, or plain ones of ``dtype``, or those of ``z``."""
+    """Make a decode rank with zeroed rows in the format of ``z``, or in ``rows``, or plain in ``dtype``."""
     if z is None and ROWS == "sketched":
         z = sketched_projection(0)
     widths = z.widths if z is not None else (LATENT,) * LAYERS
@@ -236,7 +236,7 @@ def ask(
     prefix: int = 0,
     metadata_row: int = 3,
 ) -> None:
-    """Open a room on a decode rank and ask for it once its prefill ranks have registered it."""
+    """Open a room on a decode rank, and ask for the room once its prefill ranks have registered the decode rank."""
     decode.agent.open_room(room, prefills)
     wait(lambda: decode.agent.poll(room) != RoomState.BOOTSTRAPPING, f"registration for room {room}")
     assert decode.agent.poll(room) == RoomState.WAITING, decode.agent.failure(room)
@@ -250,13 +250,13 @@ def ended(agent: PrefillAgent | DecodeAgent, room: int) -> RoomState:
 
 
 def succeed(room: int, *ranks: Rank) -> None:
-    """Wait for a room's good end on each rank."""
+    """Wait until a room succeeds on each rank."""
     for rank in ranks:
         assert ended(rank.agent, room) == RoomState.SUCCESS, rank.agent.failure(room)
 
 
 def fail(room: int, said: str, *ranks: Rank) -> None:
-    """Wait for a room's failure on each rank, for a reason that has ``said`` in it."""
+    """Wait until a room fails on each rank, for a reason that contains ``said``."""
     for rank in ranks:
         assert ended(rank.agent, room) == RoomState.FAILED
         assert said in rank.agent.failure(room)
@@ -268,7 +268,7 @@ def close(room: int, *ranks: Rank) -> None:
 
 
 def idle(*ranks: Rank) -> None:
-    """Wait until no staging is in use; no room is left, and nothing went wrong inside."""
+    """Wait until no staging is in use, and check that no room is left and no internal error happened."""
     for rank in ranks:
         wait(lambda agent=rank.agent: agent.stats().staging_used_bytes == 0, "staging to be free")
         assert (rank.agent.stats().rooms, rank.agent.stats().internal_errors) == (0, 0)
@@ -282,7 +282,7 @@ def send(
     tokens: int | None = None,
     metadata_row: int = 0,
 ) -> None:
-    """Hand over a room's pages in steps that end at ``cuts``; all ``tokens`` of them."""
+    """Hand over a room's pages, ``tokens`` tokens in all, in steps that end at ``cuts``."""
     for start, stop in itertools.pairwise((0, *cuts, len(source))):
         last = stop == len(source)
         prefill.agent.send(
@@ -302,7 +302,7 @@ def begin(
     targets: Sequence[np.ndarray],
     cuts: Sequence[int] = (),
 ) -> None:
-    """Open a room on all ranks, have each decode rank ask all prefill ranks for it, and hand over its pages."""
+    """Open a room on all ranks, let each decode rank ask all prefill ranks for it, and hand over its pages."""
     for prefill in prefills:
         prefill.agent.open_room(room)
     for decode, target in zip(decodes, targets, strict=True):
@@ -332,7 +332,7 @@ def transfer(
 def check_rows(
     prefill: PrefillRank, decode: DecodeRank, source: np.ndarray, destination: np.ndarray, tokens: int
 ) -> None:
-    """Compare what arrived with the formula: raw rows to the bit, projected ones against float64."""
+    """Compare the received rows with the formula: raw rows bit by bit, projected rows with float64."""
     from_slots, to_slots = prefill.pool.slots(source, tokens), decode.pool.slots(destination, tokens)
     for layer in range(LAYERS):
         rows = prefill.pool.layers[layer].cpu()[torch.from_numpy(from_slots)]
@@ -359,6 +359,6 @@ def _check_sketched_rows(rows: torch.Tensor, got: torch.Tensor, z: torch.Tensor,
     key = rows[:, LATENT:].bfloat16() if kind.rows.rope_bits == 16 else rows[:, LATENT:]
     for token in range(0, len(rows), 7):
         row = bytes(got[token].tolist())
-        if not kind.rows.own:  # an own part that there is none of brings no scale
+        if not kind.rows.own:  # without own columns no part brings their scale
             row = row[:-6] + b"\x80\x3f" + row[-4:]
         sketched_reference.assert_row(row, kind.rows, kind.group, columns[token].numpy(), key[token].double().numpy())

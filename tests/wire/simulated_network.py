@@ -1,4 +1,4 @@
-"""Stand-ins for sockets, threads and the clock in `simulation`: a network whose deliveries somebody chooses."""
+"""Stand-ins for sockets, threads and the clock in `simulation`: a network whose deliveries the choices decide."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import zmq
 
 
 class Choices:
-    """Decisions out of a string of bytes; when it is used up, every decision is the first one."""
+    """Takes decisions from a string of bytes. When the string is used up, every decision is the first option."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._next = data, 0
@@ -38,12 +38,12 @@ class Frame:
         self.bytes, self.buffer, self.more = data, memoryview(data), more
 
     def get(self, what: str) -> str:
-        """Return what ZMQ says of a frame's origin."""
+        """Return the address of the frame's sender, as ZMQ does."""
         return "127.0.0.1"
 
 
 class Socket:
-    """Stands in for a ZMQ socket: what is sent goes to the network, what has arrived can be received."""
+    """Stands in for a ZMQ socket: it sends messages to the network, and returns the frames that have arrived."""
 
     def __init__(self, network: Network) -> None:
         self.network, self.arrived, self.peer = network, deque[Frame](), ""
@@ -93,7 +93,7 @@ class Socket:
 
 
 class Loop:
-    """Stands in for `IoLoop`: what is posted runs when the simulation says so."""
+    """Stands in for `IoLoop`: posted calls run when the simulation calls `run`."""
 
     def __init__(self, network: Network, streams: Any, clock: Clock) -> None:
         self.now, self.tcp_socket, self.tcp_listener = clock, streams.tcp_socket, streams.tcp_listener
@@ -103,7 +103,7 @@ class Loop:
         self.thread = mock.Mock()
         self.thread.is_alive = lambda: True
         self.handlers: dict[Socket, Callable[[Socket], None]] = {}
-        self.streams: dict[Any, tuple[Callable[[], None], bool]] = {}  # plain sockets; True: also when one can write
+        self.streams: dict[Any, tuple[Callable[[], None], bool]] = {}  # plain sockets; True: also watch for writing
 
     def post(self, function: Callable[..., None], *args: Any) -> None:
         self.posted.append((function, args))
@@ -126,7 +126,7 @@ class Loop:
         self.streams.pop(stream, None)
 
     def ready(self) -> list[Callable[[], None]]:
-        """Return the handlers of the plain sockets that a poller would name now."""
+        """Return the handlers of the plain sockets that a poller would report now."""
         return [
             handler
             for stream, (handler, writable) in list(self.streams.items())
@@ -149,7 +149,7 @@ class Network:
         self.down: dict[bytes, deque[list[bytes]]] = {}
 
     def drop(self, identity: bytes) -> None:
-        """Forget a connection and what is under way on it."""
+        """Forget a connection and the messages under way on it."""
         for table in (self.dealers, self.up, self.down):
             table.pop(identity, None)
 

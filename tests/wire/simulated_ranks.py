@@ -1,4 +1,4 @@
-"""The decode ranks of `simulation`: agents that work only when they are told to, and what their pools must hold."""
+"""The decode ranks of `simulation`: agents that work only when they are told to, and checks of their pools."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ SETTINGS = Settings(
 
 
 class Failure(AssertionError):
-    """Something that must hold did not."""
+    """An invariant does not hold."""
 
 
 class IdleWorkers(Workers):
@@ -42,11 +42,11 @@ class IdleWorkers(Workers):
         say_goodbye: Callable[[], None],
         fail_all: Callable[[str], None],
     ) -> None:
-        """Start nothing: no thread runs by itself."""
+        """Keep the functions and start no thread."""
         self.next_work, self.tick = next_work, tick
 
     def make_segment(self) -> SharedSegment | None:
-        """Return None where the system has no shared memory left."""
+        """Return None if the simulated system has no shared memory left."""
         return super().make_segment() if self._shared_memory else None
 
     def handler_failed(self, what: str, error: BaseException) -> None:
@@ -62,7 +62,7 @@ class IdleWorkers(Workers):
 
 
 class Decode:
-    """A decode agent, the pages its rooms own, and what its pool must hold elsewhere."""
+    """A decode agent, the pages that its rooms own, and the rows that its pool must hold elsewhere."""
 
     def __init__(
         self,
@@ -86,14 +86,14 @@ class Decode:
         self.held = [layer.clone() for layer in layers]
 
     def poison(self, room_id: int) -> None:
-        """Fill a room's pages and its metadata row with what must not be left behind."""
+        """Fill a room's pages and its metadata row with values that the transfer must overwrite."""
         slots = torch.from_numpy(self.pool.slots(self.owned[room_id]))
         for layer in self.pool.layers:
             layer[slots] = math.nan
         self.metadata.write(room_id, b"\xff" * self.metadata.row_bytes)
 
     def free(self, room_id: int) -> None:
-        """Take a room's pages from it; from now on they must stay as they are."""
+        """Take a room's pages away. From now on their rows must not change."""
         pages = self.owned.pop(room_id, None)
         if pages is not None:
             slots = torch.from_numpy(self.pool.slots(pages))
@@ -101,11 +101,11 @@ class Decode:
                 held[slots] = layer[slots]
 
     def check(self) -> None:
-        """Check that no row has changed that nobody owns."""
+        """Check that no row has changed that no room owns."""
         mine = np.ones(PAGES * PAGE, dtype=bool)
         for pages in self.owned.values():
             mine[self.pool.slots(pages)] = False
         for held, layer in zip(self.held, self.pool.layers, strict=True):
-            # bit by bit: what a strange message wrote may be no number
+            # bit by bit, because a strange message may have written NaNs
             if not np.array_equal(held.numpy()[mine].view(np.int32), layer.numpy()[mine].view(np.int32)):
                 raise Failure("a row changed that no live room owns")

@@ -1,4 +1,4 @@
-"""The steps that the ranks of `simulation` and their network can take, and what must hold after each."""
+"""The steps that the ranks of `simulation` and their network can take, and the invariants that hold after each step."""
 
 import enum
 from collections.abc import Sequence
@@ -30,11 +30,11 @@ from tests.wire.simulated_ranks import (
 from tests.wire.simulated_strange import Strange
 from tests.wire.simulated_streams import Streams
 
-# of the decode ranks; None: where the prefill ranks are
+# the hosts of the decode ranks; None: the host of the prefill ranks
 HOSTS: tuple[tuple[str | None, ...], ...] = (
     (None, None), ("a", "a"), ("a", "b"), ("a", "a", "a", "a"), ("a", "a", "b", "b"), (None, None, "a", "a"),
 )  # fmt: skip
-# what a rank says of a peer that breaks the protocol
+# the words with which a rank accuses a peer of breaking the protocol
 ACCUSATIONS = ("sent chunk", "finished with", "confirmed chunks", "too many damaged", "internal error")
 
 
@@ -42,7 +42,7 @@ class Kind(enum.Enum):
     """Which steps may happen."""
 
     CUTS = "cuts"  # connections break, and come back at once
-    FAULTS = "faults"  # also aborts, and time that goes by
+    FAULTS = "faults"  # also aborts, and time passes
     STRANGE = "strange"  # also malformed messages, and well-formed ones that no agent would send
 
 
@@ -58,7 +58,7 @@ class Steps(Strange):
         self.source = CachePool(layers, LATENT, ROPE, PAGE)
         how, hosts = choices.below(256), HOSTS[choices.below(len(HOSTS))]
         sliced = how % 2
-        # half of all cases: ranks that differ in what they may send, in how they cut it and in when they have it
+        # in half of all cases, ranks differ in their chunk sizes, steps, shared memory and shares
         self.uneven = how >= 128
         self.steps = [2, self._odd(2, 1, 3, PAGES)]  # pages of each prefill rank's first send
         for rank in range(2):
@@ -78,7 +78,7 @@ class Steps(Strange):
             workers = self._workers("decode", rank, settings, refused)
             self.decodes.append(Decode(rank, maps[rank], hosts, settings, workers))
         self.agents: list[Any] = [*self.prefills, *(decode.agent for decode in self.decodes)]
-        # one of the decode ranks may get all from one prefill rank
+        # one of the decode ranks may get all rows from one prefill rank
         self.peers = [[(*agent.address, False) for agent in self.prefills] for _ in self.decodes]
         if whole := self._odd(0, 1, 2):
             self.peers[1] = [(*agent.address, rank != whole - 1) for rank, agent in enumerate(self.prefills)]
@@ -87,16 +87,16 @@ class Steps(Strange):
         self.doubtful: set[int] = set()
 
     def _odd(self, usual: int, *others: int) -> int:
-        """Choose the usual value, or any one where ranks differ."""
+        """Choose the usual value, or any of the values if ranks differ."""
         return (usual, *others)[self.choices.below(1 + len(others))] if self.uneven else usual
 
     def _settings(self) -> Settings:
-        """Return the settings of a rank whose chunks are smaller, or those of all."""
+        """Return the usual settings, or those of a rank whose chunks are smaller."""
         staging_bytes = self._odd(SETTINGS.staging_bytes, 6000, 4096)
         return replace(SETTINGS, staging_bytes=staging_bytes)
 
     def _workers(self, role: str, rank: int, settings: Settings, refused: bool) -> IdleWorkers:
-        """Make threads that wait for the simulation. Where ``refused``, the system has no shared memory left."""
+        """Make threads that wait for the simulation. If ``refused``, the system has no shared memory left."""
         return IdleWorkers(role, settings, rank, Loop(self.network, self.streams, self.clock), not refused)
 
     # Steps
@@ -130,7 +130,7 @@ class Steps(Strange):
             self._flow_once()
 
     def flow(self) -> None:
-        """Move a piece of what is under way on one data channel."""
+        """Move a piece of the bytes under way on one data channel."""
         ready = [handler for agent in self.agents for handler in agent.workers.io.ready()]
         if ready:
             ready[self.choices.below(len(ready))]()
@@ -139,19 +139,19 @@ class Steps(Strange):
     def _flow_once(self) -> bool:
         ready = [(agent, handler) for agent in self.agents for handler in agent.workers.io.ready()]
         for agent, handler in ready:
-            if handler in agent.workers.io.ready():  # the ones before it may have closed it
+            if handler in agent.workers.io.ready():  # an earlier handler may have closed the socket
                 handler()
                 self._post()
         return bool(ready)
 
     def work(self) -> None:
-        """Do a piece of one rank's work, or of everyone's."""
+        """Do a piece of work of one rank, or of each rank."""
         for agent in self._some():
             agent.workers.work_once()
         self._post()
 
     def advance(self) -> None:
-        """Have all ranks take the next step of a room, and deliver what is under way."""
+        """Let all ranks take the next step of a room, and deliver the messages under way."""
         room_id = self.choices.below(ROOMS)
         for agent in self.agents:
             self._step(agent, room_id)
@@ -214,7 +214,7 @@ class Steps(Strange):
         agent.send(room_id, pages, last=last, metadata_row=room_id if last else None, num_tokens=tokens)
 
     def abort(self) -> None:
-        """Have one rank's scheduler abort a room."""
+        """Let one rank's scheduler abort a room."""
         room_id, who = self.choices.below(ROOMS), self.choices.below(len(self.agents))
         self.agents[who].abort(room_id, "changed its mind")
         if who >= 2:
@@ -222,7 +222,7 @@ class Steps(Strange):
         self._post()
 
     def close(self) -> None:
-        """Have ranks' schedulers forget a room."""
+        """Let one scheduler, or all, forget a room."""
         room_id = self.choices.below(ROOMS)
         for agent in self._some():
             self._close(self.agents.index(agent), room_id)
@@ -234,10 +234,10 @@ class Steps(Strange):
             self.decodes[who - 2].free(room_id)
 
     def cut(self) -> None:
-        """Break a connection; what was under way on it is lost."""
+        """Break a connection; messages under way on it are lost."""
         identities = list(self.network.dealers)
         if self.kind is Kind.CUTS:
-            # one that breaks too often before its first answer fails its rooms, and says so
+            # a connection that breaks too often before its first answer fails its rooms, so leave it alone
             identities = [
                 line.identity
                 for decode in self.decodes
@@ -257,18 +257,18 @@ class Steps(Strange):
                     decode.agent.connections.broken(connection)
 
     def cut_all(self) -> None:
-        """Break every connection, and dial all anew."""
+        """Break every connection, and dial all of them anew."""
         for identity in list(self.network.dealers):
             self._cut(identity)
         self._tick()
 
     def cut_stream(self) -> None:
-        """Break a data channel alone; what was under way on it is lost."""
+        """Break only a data channel; bytes under way on it are lost."""
         if self.streams.ends:
             self.streams.ends[self.choices.below(len(self.streams.ends))].cut()
 
     def tick(self) -> None:
-        """Let time go by, mostly little."""
+        """Let time pass, mostly little."""
         long = (6.0, 21.0)[self.choices.below(2)] if self.choices.below(16) == 15 else 0.0
         self.clock.now += long or (0.3, 1.1, 2.5)[self.choices.below(3)]
         self._tick()
@@ -278,10 +278,10 @@ class Steps(Strange):
             agent.workers.tick()
         self._post()
 
-    # What must hold
+    # Invariants
 
     def check(self) -> None:
-        """Check what must hold after every step."""
+        """Check the invariants that must hold after every step."""
         for agent in self.agents:
             stats = agent.stats()
             if not 0 <= stats.staging_used_bytes <= stats.staging_limit_bytes:
@@ -323,7 +323,7 @@ class Steps(Strange):
 
 
 def _projection(group: int, columns: Sequence[int]) -> Projection:
-    """Make the projection of one group, with so many own columns in each layer."""
+    """Make the projection of one group, with ``columns[l]`` own columns in each layer."""
     common, own = torch.Generator().manual_seed(1), torch.Generator().manual_seed(10 + group)
     matrices = [
         torch.cat((torch.randn(LATENT, 8, generator=common), torch.randn(LATENT, count, generator=own)), dim=1)

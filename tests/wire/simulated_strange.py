@@ -27,7 +27,7 @@ class Strange:
         """Deliver the next message of a connection. Return whether there was one."""
 
     def odd_bytes(self) -> None:
-        """Put bytes that no agent sends into a data channel, or damage bytes on their way."""
+        """Put bytes that no agent sends into a data channel, or damage bytes that are under way."""
         if not self.streams.ends:
             return
         end = self.streams.ends[self.choices.below(len(self.streams.ends))]
@@ -37,7 +37,7 @@ class Strange:
             end.arrived += self.choices.take(1 + self.choices.below(24))
 
     def stranger(self) -> None:
-        """Connect a stranger to the port of data channels, who says something or nothing, and stays or goes."""
+        """Connect a stranger to a port of data channels. The stranger sends something or nothing, and stays or goes."""
         ports = list(self.streams.listeners)
         stream = self.streams.connect(ports[self.choices.below(len(ports))])
         kinds = (b"", b"TPLD", b"TPLD\x03" + bytes(16), b"GET / HTTP/1.1\r\n\r\n")
@@ -46,13 +46,13 @@ class Strange:
             stream.close()
 
     def garbage(self) -> None:
-        """Send what is no message on a connection in use: what was lost with it must come again."""
+        """Send frames that are no message on a connection in use; any message lost with them must come again."""
         upwards, data = bool(self.choices.below(2)), self.choices.take(1 + self.choices.below(24))
         kinds = [[data], [messages.seal(data)], [messages.PREFIX + data], [data, data], [data] * 3]
         self._inject(upwards, kinds[self.choices.below(len(kinds))])
 
     def odd_message(self) -> None:
-        """Send a well-formed message with fields from small ranges, as a peer could that errs or lies."""
+        """Send a well-formed message with fields from small ranges, as a peer that errs or lies could."""
         upwards = bool(self.choices.below(2))
         kinds = list(messages.Message.__args__)
         kind = kinds[self.choices.below(len(kinds))]

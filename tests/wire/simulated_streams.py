@@ -1,4 +1,4 @@
-"""Plain sockets of `simulation`, for data channels: bytes move between two ends when somebody says so, in pieces."""
+"""Plain sockets of `simulation`, for data channels: bytes move between two ends in pieces, when a step reads them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from tests.wire.simulated_network import Choices
 
-CAPACITY_BYTES = 3000  # under way in one direction: less than a chunk
-PIECES = (1 << 16, 1000, 21, 1)  # at most so many bytes are read at a time
+CAPACITY_BYTES = 3000  # the most bytes under way in one direction: less than a chunk
+PIECES = (1 << 16, 1000, 21, 1)  # the limits on the bytes of one read
 
 
 class Listener:
@@ -46,7 +46,7 @@ class Stream:
         self.streams, self.arrived = streams, bytearray()
         self.other: Stream | None = None
         self.is_stranger = False
-        self.closed = self.ended = False  # by this side; by the other one, or by the network
+        self.closed = self.ended = False  # closed by this side; ended by the other side or by the network
         streams.ends.append(self)
 
     def setblocking(self, flag: bool) -> None:
@@ -110,7 +110,7 @@ class Stream:
         self.streams.ends = [end for end in self.streams.ends if end is not self]
 
     def cut(self) -> None:
-        """End the connection, as the network does; what was under way is lost."""
+        """End the connection, as the network does; bytes under way are lost."""
         for end in (self, self.other):
             if end is not None:
                 end.ended = True
@@ -118,12 +118,12 @@ class Stream:
 
     @property
     def readable(self) -> bool:
-        """Whether something has come, or nothing will come any more."""
+        """Whether bytes have come, or the stream has ended."""
         return bool(self.arrived) or self.ended
 
     @property
     def writable(self) -> bool:
-        """Whether there is room, or an error to be seen."""
+        """Whether there is room, or an error to report."""
         return self.ended or self.other is None or len(self.other.arrived) < CAPACITY_BYTES
 
 
@@ -136,7 +136,7 @@ class Streams:
         self._choices = choices
 
     def piece(self) -> int:
-        """Choose how much is read now."""
+        """Choose the limit on the bytes of the next read."""
         return PIECES[self._choices.below(len(PIECES))]
 
     def connect(self, port: int) -> Stream:

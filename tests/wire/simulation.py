@@ -1,15 +1,15 @@
-"""Whole agents without threads, sockets or a clock: every interleaving of deliveries, work, cuts, aborts and strange
-messages is a string of bytes, which hypothesis, a coverage-guided fuzzer or a test that replays a find can give.
+"""Whole agents without threads, sockets or a clock. A string of bytes decides the interleaving of deliveries, work,
+cuts, aborts and strange messages; hypothesis, a coverage-guided fuzzer or a test that replays a find supplies it.
 
-Two prefill ranks (identical copies) serve two or four decode ranks. What must hold, whatever happens:
+Two prefill ranks (identical copies) serve two or four decode ranks. These invariants must hold, whatever happens:
 
 - no exception leaves a handler, and no counter of internal errors moves;
 - staging never exceeds its ceiling, and is never negative;
 - a row of a decode pool changes only while a live room owns its page;
 - a room that succeeds has the source's rows and metadata in pages that were poisoned before, whatever the ranks of the
   prefill server differ in: chunk size, steps, shared memory, shares;
-- honest ranks never find each other breaking the protocol;
-- where connections break and nothing worse happens, every room succeeds; else every room ends in time;
+- honest ranks never accuse each other of breaking the protocol;
+- if connections break and nothing worse happens, every room succeeds; else every room ends in time;
 - after all rooms are closed nothing is held, and the next request is right.
 """
 
@@ -28,10 +28,10 @@ from tests.wire.simulated_streams import Streams
 
 
 class Simulation(Steps):
-    """One case; `run` is the whole of it."""
+    """One case, which `run` runs from beginning to end."""
 
     def run(self, kind: Kind) -> None:
-        """Do what the choices say, then check that everything comes to rest and works."""
+        """Take the steps that the choices select, then check that everything comes to rest and works."""
         self.kind = kind
         usual = [
             self.advance,
@@ -71,7 +71,7 @@ class Simulation(Steps):
                     raise Failure(f"room {room_id} goes on for ever on {agent.role} {agent.rank}: {room.state.name}")
 
     def rest(self) -> None:
-        """Close every room, let all come to rest, and check that nothing is held and the next requests are right."""
+        """Close every room, let all agents come to rest, and check that nothing is held and the next requests work."""
         for room_id in range(ROOMS):
             for who in range(len(self.agents)):
                 self._close(who, room_id)
@@ -95,7 +95,7 @@ class Simulation(Steps):
                 raise Failure(f"at rest, decode {decode.agent.rank} keeps {decode.agent.rooms.retained}")
         self._check_streams()
         first = 0
-        if self.doubtful:  # a peer may have lied about itself: what it says anew, on new connections, must be right
+        if self.doubtful:  # a peer may have lied about itself; the Hello that it sends on a new connection is right
             self.doubtful.clear()
             first = ROOMS
             self.cut_all()
@@ -104,7 +104,7 @@ class Simulation(Steps):
             self.finish(room_id)
 
     def _check_streams(self) -> None:
-        """Check that every open end is a channel of a live connection, and that what was closed is forgotten."""
+        """Check that every open end is a channel of a live connection, and that closed sockets are not polled."""
         used = {id(channel.stream) for agent in self.prefills for channel in agent.router.listener._channels.values()}
         for decode in self.decodes:
             used |= {id(c.reader.stream) for c in decode.agent.connections.table.values() if c.reader is not None}
@@ -134,7 +134,7 @@ class Simulation(Steps):
         raise Failure("messages without end")
 
     def finish(self, *room_ids: int) -> None:
-        """Do all that rooms still need, and check that they succeed."""
+        """Take all steps that rooms still need, and check that the rooms succeed."""
 
         def step(agent: Any, room_id: int) -> None:
             if room_id not in agent.rooms.table or agent.role == "decode":
@@ -175,7 +175,7 @@ def begun(data: bytes, sealed: bool = False) -> Iterator[Simulation]:
     """Make ranks that have done nothing yet, with data channels that are sealed or not."""
     clock, choices = Clock(), Choices(data)
     streams = Streams(choices)
-    # C knows the system's sockets only
+    # native.c works only on the system's sockets
     with mock.patch("sglang_tpla.transfer.memory.native.library", return_value=None):
         simulation = Simulation(choices, clock, streams)
         for agent in simulation.prefills:
@@ -190,11 +190,11 @@ def simulate(data: bytes, kind: Kind) -> None:
     """Run one case.
 
     Args:
-        data: all decisions; channels are sealed where its length is odd.
-        kind: of what may happen.
+        data: all decisions; channels are sealed if its length is odd.
+        kind: the steps that may happen.
 
     Raises:
-        Failure: something that must hold did not, or any exception of the agents.
+        Failure: an invariant did not hold, or an agent raised an exception.
     """
     with begun(data, bool(len(data) % 2)) as simulation:
         simulation.run(kind)

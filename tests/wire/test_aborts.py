@@ -14,7 +14,7 @@ from sglang_tpla.transfer.prefill import sender
 from sglang_tpla.transfer.room import OTHER_PROMPT, RoomState, TransferError
 from tests.wire import rig
 
-pytestmark = pytest.mark.usefixtures("rows_kind")  # each test with plain and with sketched rows
+pytestmark = pytest.mark.usefixtures("rows_kind")  # each test runs with plain and with sketched rows
 
 
 @pytest.fixture(params=[None, "far"], ids=["near", "far"])
@@ -26,19 +26,19 @@ def pair(request):
 
 
 def complete(prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int) -> None:
-    """Make a whole transfer, which must be right."""
+    """Make a whole transfer, and check it."""
     rig.transfer(prefill, decode, room, count=5)
     rig.close(room, prefill, decode)
 
 
 def test_no_write_after_an_abort(pair) -> None:
-    """500 aborts at random moments."""
+    """Abort 500 rooms at random moments."""
     assert abort_at_random_moments(*pair, times=500) > 50
 
 
 @pytest.mark.parametrize("checkers", [0, 2])
 def test_no_write_after_an_abort_with_several_threads(checkers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With several threads, as on a GPU. Where there are checkers, they alone wait for rows and check them."""
+    """Abort rooms with several threads, as on a GPU. Checkers, if there are any, wait for rows and check them alone."""
     monkeypatch.setitem(workers.WORKERS, "cpu", 4)
     monkeypatch.setitem(workers.CHECKERS, "cpu", checkers)
     checked = []
@@ -71,7 +71,7 @@ def abort_at_random_moments(prefill: rig.PrefillRank, decode: rig.DecodeRank, ti
         marks = [torch.full((slots.numel(), layer.shape[1]), float(room % 100)) for layer in decode.pool.layers]
         for layer, mark in zip(decode.pool.layers, marks, strict=True):
             layer[slots] = mark.to(layer.dtype)
-        rig.ended(prefill.agent, room)  # its chunks are on their way or dropped
+        rig.ended(prefill.agent, room)  # its chunks are under way or dropped
         if decode.agent.poll(room) == RoomState.FAILED:
             aborted += 1
         for layer, mark in zip(decode.pool.layers, marks, strict=True):
@@ -167,11 +167,11 @@ def test_held_request_and_idle_room_expire() -> None:
 
 
 def test_wrong_number_of_rows_fails_with_the_numbers(pair) -> None:
-    """Both ranks know that the request is to blame, whose prompts differ."""
+    """Both ranks blame the request, because its two halves have prompts of different lengths."""
     prefill, decode = pair
     for room, sent, asked, said in (
         (7, 3, 4, "12 tokens where 16 or a part of the last page were asked for"),
-        (8, 4, 3, ""),  # of the rows or of their number, as they come
+        (8, 4, 3, ""),  # the reason names the rows or their number, whichever comes first
     ):
         rig.begin([prefill], [decode], room, rig.pages(2, sent), [rig.pages(1, asked)])
         rig.fail(room, f"{said}: {OTHER_PROMPT}", decode, prefill)
@@ -217,7 +217,7 @@ def test_closing_leaves_no_thread_socket_or_handle() -> None:
         decode.agent.close()
         prefill.agent.close()
 
-    once()  # the messaging library opens some things once
+    once()  # ZeroMQ opens some handles only once
     before, threads = handles(), set(threading.enumerate())
     for _ in range(5):
         once()

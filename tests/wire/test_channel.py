@@ -1,4 +1,4 @@
-"""The data channel: chunks take it and nothing else, no stranger gets in, and a rank without one is told why."""
+"""The data channel: chunks travel on no other way, no stranger gets in, and a rank without a channel is told why."""
 
 import contextlib
 import socket
@@ -13,7 +13,7 @@ from tests.wire import rig
 from tests.wire.fakes import FakeDecode, FakePrefill, hello
 from tests.wire.proxy import FaultProxy
 
-pytestmark = pytest.mark.usefixtures("rows_kind")  # each test with plain and with sketched rows
+pytestmark = pytest.mark.usefixtures("rows_kind")  # each test runs with plain and with sketched rows
 
 PAGES = 90
 
@@ -38,7 +38,7 @@ def test_chunks_travel_on_the_channel_alone(prefill: rig.PrefillRank, far: rig.D
         rig.wait(lambda: prefill.agent.router.listener._channels, "the channel")
         prefill.agent.open_room(1)
         rig.ask(far, [control.peer], 1, rig.pages(1, PAGES))
-        before = control.forwarded_bytes  # a projection among them
+        before = control.forwarded_bytes  # these include a projection
         rig.send(prefill, 1, rig.pages(2, PAGES))
         rig.succeed(1, far)
         rig.check_rows(prefill, far, rig.pages(2, PAGES), rig.pages(1, PAGES), PAGES * rig.PAGE)
@@ -47,7 +47,7 @@ def test_chunks_travel_on_the_channel_alone(prefill: rig.PrefillRank, far: rig.D
 
 
 def test_the_channel_comes_to_the_port_after_the_advertised_one() -> None:
-    """Behind address translation: two neighbouring ports a rank, inside and outside."""
+    """Address translation maps two neighbouring ports of a rank to two neighbouring ones outside."""
     inside, outside = neighbouring_ports(2), neighbouring_ports(2)
     prefill, decode = rig.prefill_rank(port=inside, advertised_port=outside), rig.decode_rank(host="far")
     with rig.serving(prefill, decode), contextlib.closing(FaultProxy(inside, inside + 1, outside)) as translation:
@@ -71,7 +71,7 @@ def test_a_channel_that_ends_between_rooms_is_opened_again(
         data.cut()
         rig.wait(lambda room=room: far.agent.stats().resumed == room, "the connection")
         (connection,) = far.agent.connections.table.values()
-        new = [connection.identity]  # and no longer the one that was cut
+        new = [connection.identity]  # not the identity of the connection that was cut
         rig.wait(lambda new=new: list(prefill.agent.router.listener._channels) == new, "the channel")
 
 
@@ -85,7 +85,7 @@ def test_a_port_that_hangs_up_on_everybody_fails_rooms_with_the_reason(
 
 
 def fails(prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int, why: str) -> None:
-    """Check that a room whose rows cannot be fetched ends soon on both sides, with a reason that says what to do."""
+    """Check that a room whose rows cannot be fetched fails soon on both sides, with a reason that says what to do."""
     rig.begin([prefill], [decode], room, rig.pages(room + 1, PAGES), [rig.pages(room, PAGES)])
     for said in ("its data channel, port", "failed for 2 s", why, "let decode servers reach"):
         rig.fail(room, said, decode, prefill)

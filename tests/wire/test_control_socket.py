@@ -14,9 +14,9 @@ from sglang_tpla.transfer.network.event_loop import IoLoop
 from tests.wire import rig
 from tests.wire.rig import settings
 
-ROUNDS = 8  # with ZMQ's heartbeats three rounds of four end the process
+ROUNDS = 8  # with ZMQ's heartbeats, three out of four rounds end the process
 
-# A router closes while its peer, which has not read, says something and resets the connection.
+# A router closes while its peer, which has not read, sends a message and resets the connection.
 CLOSING = f"""
 import socket, struct, threading, zmq
 from sglang_tpla.transfer.network.control_socket import configure

@@ -1,4 +1,4 @@
-"""Prefill ranks of one server that differ in what they may send: every page, poisoned before, holds what was sent."""
+"""Prefill ranks of one server that send differently: every page, poisoned before, holds the rows that were sent."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ POISON = 0xFF  # no number in any floating-point format here
 
 @contextlib.contextmanager
 def refused() -> Iterator[None]:
-    """Have the system give no shared memory, as with a full /dev/shm."""
+    """Let the system refuse shared memory, as with a full /dev/shm."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workers, "SharedSegment", mock.Mock(side_effect=OSError("no space")))
         yield
@@ -35,12 +35,12 @@ def transfer(
     tokens: int = PAGES * rig.PAGE,
     prefix: int = 0,
 ) -> None:
-    """Move one room from all to all, and check the pools.
+    """Move one room from all prefill ranks to all decode ranks, and check the pools.
 
     Args:
-        steps: pages after which a prefill rank's hand-over is cut.
-        asked: the prefill ranks from which each decode rank wants rows; the others are asked for form's sake.
-        prefix: tokens that decode has already.
+        steps: the pages after which each prefill rank's hand-over is cut.
+        asked: the prefill ranks from which each decode rank wants rows; the others get dummy requests. None: all.
+        prefix: tokens that decode has cached already.
     """
     with rig.serving(*prefills, *decodes):
         source = rig.pages(50, PAGES)
@@ -81,7 +81,7 @@ def uncarried(rows: LayerRows) -> list[int]:
 
 
 def two(**changes: Any) -> list[rig.PrefillRank]:
-    """Make two prefill ranks of one server, the second one with other settings."""
+    """Make two prefill ranks of one server, the second with other settings."""
     return [rig.prefill_rank(rank=0), rig.prefill_rank(rank=1, **changes)]
 
 
@@ -132,7 +132,7 @@ def test_decode_ranks_that_ask_for_unequal_shares(host: str | None, asked: Seque
 @pytest.mark.parametrize("host", [None, "far"])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_sketched_rows(count: int, host: str | None) -> None:
-    """Two prefill ranks, the second one with smaller chunks, serve every group."""
+    """Two prefill ranks, the second with smaller chunks, serve every group."""
     parts = [rig.sketched_projection(group, 4, 32, (4, 2, 3)) for group in range(count)]
     ranks = [rig.decode_rank(z, rank=group, size=count, host=host) for group, z in enumerate(parts)]
     transfer(two(chunk_bytes=4096), ranks)
@@ -141,7 +141,7 @@ def test_sketched_rows(count: int, host: str | None) -> None:
 @pytest.mark.parametrize("host", [None, "far"])
 @pytest.mark.parametrize("widths", [(48, 16, 32), (16, 16, 16), (16, 48, 16)])
 def test_widths_that_differ_by_layer(widths: Sequence[int], host: str | None) -> None:
-    """Some layers have shared columns alone."""
+    """Some layers have only shared columns."""
     transfer(two(chunk_bytes=4096), groups(widths=widths, host=host))
 
 
@@ -170,7 +170,7 @@ def test_more_prefill_ranks_than_layers() -> None:
 
 def test_a_rank_that_restarted_with_another_chunk_size() -> None:
     """The rank's rooms fail with the reason; the next room is whole."""
-    port = neighbouring_ports(2)  # for messages and for data: nobody else takes them in between
+    port = neighbouring_ports(2)  # for messages and for data; nothing else takes them before the restart
     first, second = two(port=port)
     decode = rig.decode_rank(host="far")
     with contextlib.closing(first.agent), contextlib.closing(decode.agent):

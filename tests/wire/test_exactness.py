@@ -1,4 +1,4 @@
-"""Rows that arrive are those that were sent: raw to the bit, projected by the formula, for every T and P."""
+"""Received rows equal the sent rows, raw ones to the bit and projected ones by the formula, for every T and P."""
 
 import numpy as np
 import pytest
@@ -67,7 +67,7 @@ def test_every_rank_gets_its_slice(prefills: int, ranks: int, groups: int, host:
 @pytest.mark.parametrize("host", rig.HOSTS)
 @pytest.mark.parametrize(("groups", "shared"), [(1, 0), (2, 16), (2, 0), (4, 16), (8, 8)])
 def test_every_byte_travels_once_to_a_host(groups: int, shared: int, host: str | None) -> None:
-    """Eight ranks of one host: the shared columns and the rope once, each group's own columns once."""
+    """Eight ranks of one host get the shared columns and the rope once, and each group's own columns once."""
     width = shared + (rig.LATENT - shared) // groups
     prefill = rig.prefill_rank()
     ranks = [
@@ -143,7 +143,7 @@ def test_many_rooms_at_once_stay_within_staging(host: str | None) -> None:
             prefill.agent.open_room(room)
             decode.agent.open_room(room, [prefill.peer])
         for index, room in enumerate(rooms):
-            # three pages a room: every room has slots of its own
+            # three pages a room, so that no two rooms share slots
             target = np.arange(3 * index, 3 * index + 3, dtype=np.int32)
             rig.wait(lambda room=room: decode.agent.poll(room) == RoomState.WAITING, "registration")
             decode.agent.request(room, target, metadata_row=index % 8, expected_ranks=1)

@@ -1,4 +1,4 @@
-"""The example of two agents runs as its page says; it checks every row itself."""
+"""The example of two agents runs as its page says. The example checks every row itself."""
 
 import os
 import subprocess

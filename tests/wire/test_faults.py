@@ -21,14 +21,14 @@ from sglang_tpla.transfer.room import RoomState, TransferError
 from tests.ports import neighbouring_ports
 from tests.wire import rig
 
-pytestmark = pytest.mark.usefixtures("rows_kind")  # each test with plain and with sketched rows
+pytestmark = pytest.mark.usefixtures("rows_kind")  # each test runs with plain and with sketched rows
 
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 class Child:
-    """`tests.wire.child` in a process."""
+    """Runs `tests.wire.child` in a process."""
 
     def __init__(self, role: str, port: int = 0) -> None:
         self.process = subprocess.Popen(
@@ -54,13 +54,13 @@ class Child:
         return self.readline()
 
     def end(self) -> None:
-        """Kill it and free its pipes."""
+        """Kill the process and free its pipes."""
         self.process.kill()
         self.process.communicate()
 
 
 def transfer(prefill: rig.PrefillRank, decode: rig.DecodeRank, room: int) -> None:
-    """Make a whole transfer, which must be right, and close its room."""
+    """Make a whole transfer, check it, and close its room."""
     rig.transfer(prefill, decode, room, count=30)
     rig.close(room, prefill, decode)
 
@@ -103,7 +103,7 @@ def test_decode_rank_dies_or_stops_in_mid_transfer(
 def test_prefill_rank_dies_and_comes_back_on_the_same_address(how: signal.Signals, decode: rig.DecodeRank) -> None:
     lost: list[tuple[str, int]] = []
     decode.agent.connections._on_peer_lost = lambda host, port: lost.append((host, port))
-    child = Child("prefill", neighbouring_ports(2))  # nobody else takes them before it is back
+    child = Child("prefill", neighbouring_ports(2))  # nothing else takes these ports before the rank is back
     with contextlib.ExitStack() as stack:
         stack.callback(child.end)
         peer = ("127.0.0.1", child.port, False)
@@ -120,7 +120,7 @@ def test_prefill_rank_dies_and_comes_back_on_the_same_address(how: signal.Signal
         child.end()
         child = Child("prefill", child.port)
         stack.callback(child.end)
-        decode.agent.open_room(7, [peer], born)  # its other half died with the process before
+        decode.agent.open_room(7, [peer], born)  # its other half died with the earlier process
         assert rig.ended(decode.agent, 7) == RoomState.FAILED
         assert "started after this request came" in decode.agent.failure(7)
         child.say("open 6")
@@ -146,7 +146,7 @@ def test_nobody_listens(decode: rig.DecodeRank) -> None:
 )
 def test_refusals_say_what_is_wrong(changes: dict, said: str, prefill: rig.PrefillRank, rows_kind: str) -> None:
     if rows_kind == "sketched" and "dtype" in changes:
-        said = ""  # prefill makes these rows, whatever dtype it has
+        said = ""  # prefill makes sketched rows from any dtype
     if "chunk_bytes" in changes:
         changes = {key: int(value) for key, value in changes.items()}
     decode = rig.decode_rank(**changes)
@@ -204,7 +204,7 @@ def test_more_stopped_ranks_than_slots_hold_the_others_up_until_they_are_given_u
 
 
 def test_rows_refused_after_they_were_queued_fail_the_room_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU says that rows cannot be sent when it has read them: the threads that wait for it pass that on."""
+    """A GPU reports rows that cannot be sent only after it has read them; the checkers that wait for it pass it on."""
 
     def refuse() -> None:
         raise TransferError("values that are not finite")
@@ -222,7 +222,7 @@ def test_rows_refused_after_they_were_queued_fail_the_room_alone(monkeypatch: py
 
 
 def test_rows_that_could_not_be_prepared_travel_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checker has a GPU's kernels compiled for each rank that registers. An error of that ends neither."""
+    """A checker compiles a GPU's kernels for each rank that registers. An error there ends neither checker nor rank."""
     asked = []
 
     def prepare(reader: rows.RowReader, row_format: RowFormat, stacks: object) -> None:
@@ -242,7 +242,7 @@ def test_rows_that_could_not_be_prepared_travel_all_the_same(monkeypatch: pytest
 
 
 def test_an_error_while_checking_fails_the_room_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The threads that check for a GPU raise an error: prefill's in one room, decode's in the next."""
+    """The checkers raise an error: prefill's in one room, decode's in the next."""
     monkeypatch.setitem(workers.CHECKERS, "cpu", 1)
     read, write = rows.RowReader.read, rows.RowWriter.write
     monkeypatch.setattr(rows.RowReader, "read", lambda *given: lambda: read(*given)() and None)

@@ -132,7 +132,7 @@ def test_another_framing_version_is_refused_at_decode(decode: rig.DecodeRank, se
 def test_protocol_versions_without_a_common_one(
     versions: tuple[int, int], prefill: rig.PrefillRank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A whole decode agent of another release gets the same reason on both sides, and leaves no room behind."""
+    """A decode agent of another release is refused with the same reason on both sides, and leaves no room behind."""
     with monkeypatch.context() as patch:
         patch.setattr(messages, "PROTOCOL_VERSIONS", versions)
         decode = rig.decode_rank()
@@ -148,7 +148,7 @@ def test_protocol_versions_without_a_common_one(
 
 
 def test_credit_of_a_broken_connection_is_void(prefill: rig.PrefillRank) -> None:
-    """Rows that come between a rank's Hello and its Resume wait for the credit that Resume counts from."""
+    """Rows that are handed over between a rank's Hello and its Resume wait for credit that counts from Resume."""
     prefill.agent.open_room(60)
     request = messages.Request(60, 5, 1, 0, -1, False, 0, 1)
     with contextlib.closing(FakeDecode(prefill.agent.address[1])) as before:
@@ -192,7 +192,7 @@ def test_oversized_message_ends_its_own_connection_only(prefill: rig.PrefillRank
 
 
 def test_half_a_pair_that_speculates_is_refused(fake: FakeDecode) -> None:
-    """A draft model brings a layer and wider metadata rows; two reasons, of which one says what to do."""
+    """A draft model brings a layer and wider metadata rows. The rank names the reason that says what to do."""
     plain = hello().layout
     more = msgspec.structs.replace(
         plain,
@@ -296,7 +296,7 @@ def test_damaged_replayed_late_and_unordered_chunks(decode: rig.DecodeRank, serv
     decode.agent.close_room(1)
     request = serve(server, decode, 1, 36 * decode.row_bytes)
     payload, other = (bytes(range(256)) * 8)[: 12 * decode.row_bytes], bytes(12 * decode.row_bytes)
-    server.say(chunk(late, other), other)  # of the generation before
+    server.say(chunk(late, other), other)  # a chunk of the generation before
     whole = {"layers": rig.LAYERS, "first_token": 4}
     server.say(chunk(request, payload, 1, checksum=DIGEST, **whole), payload)
     assert server.expect(messages.Nack) == messages.Nack(1, request.generation, 0, 1)
@@ -304,7 +304,7 @@ def test_damaged_replayed_late_and_unordered_chunks(decode: rig.DecodeRank, serv
     server.expect(messages.Credit)
     server.say(chunk(request, payload, 1, **whole), payload)
     server.expect(messages.Ack)
-    server.say(chunk(request, other, 1, **whole), other)  # again, with other rows
+    server.say(chunk(request, other, 1, **whole), other)  # a repeat with other rows
     server.say(chunk(request, payload, 0, layers=rig.LAYERS), payload)
     server.expect(messages.Ack)
     row = bytes(sum(rig.ITEM_BYTES))
@@ -337,7 +337,7 @@ ALL = {"layers": rig.LAYERS}
 def test_chunks_that_are_not_the_request_once_fail_its_room(
     chunks: list[tuple[int, dict[str, int]]], announced: int, said: str, decode: rig.DecodeRank, server: FakePrefill
 ) -> None:
-    """Each chunk is sound for itself, and there are as many as Finish says."""
+    """Each chunk by itself is sound, and there are as many as Finish says."""
     row = bytes(sum(rig.ITEM_BYTES))
     request = serve(server, decode, 1, 48 * decode.row_bytes)
     server.say(messages.Finish(1, request.generation, announced, 8, messages.checksum(row)), row)

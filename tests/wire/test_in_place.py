@@ -1,4 +1,4 @@
-"""Chunks that are received in place, and sent from the pool: what stops in the middle, what comes damaged."""
+"""Chunks that are received in place and sent from the pool, among them chunks that stop half way or come damaged."""
 
 import contextlib
 import socket
@@ -27,7 +27,7 @@ class Sender:
 
     def __init__(self, stack: contextlib.ExitStack) -> None:
         self.decode = rig.decode_rank(rig.even_rows(), peer_timeout_s=5.0)
-        self.size = rig.LAYERS * TOKENS * self.decode.row_bytes  # of both pages
+        self.size = rig.LAYERS * TOKENS * self.decode.row_bytes  # the bytes of both pages
         stack.enter_context(contextlib.closing(self.decode.agent))
         self.fake = stack.enter_context(contextlib.closing(FakePrefill()))
 
@@ -37,7 +37,7 @@ class Sender:
         self.stream = self.fake.channel()
 
     def open(self, room: int) -> messages.Request:
-        """Open a room that asks for two pages, and have it granted two chunks."""
+        """Open a room that asks for two pages, and get credit for two chunks."""
         self.decode.agent.open_room(room, [self.fake.peer])
         if not hasattr(self, "stream"):
             self.connect()
@@ -48,7 +48,7 @@ class Sender:
         return request
 
     def credit(self, request: messages.Request, total_bytes: int) -> None:
-        """Have so much granted in all."""
+        """Get credit for ``total_bytes`` in all."""
         self.fake.say(messages.Want(request.room, request.generation, total_bytes))
         while self.fake.expect(messages.Credit).total_bytes < total_bytes:
             pass
@@ -73,12 +73,12 @@ class Sender:
         assert rig.ended(self.decode.agent, request.room) == RoomState.SUCCESS
 
     def rows(self) -> np.ndarray:
-        """Return what the pool holds in both pages, as bytes."""
+        """Return the pool's rows in both pages, as bytes."""
         slots = torch.from_numpy(self.decode.pool.slots(rig.pages(1, 2)))
         return torch.stack([layer[slots] for layer in self.decode.pool.layers]).view(torch.uint8).numpy()
 
     def half_is_there(self) -> bool:
-        """Return whether the first half has come, up to the row in which it ends."""
+        """Return whether the first half has come, except for the row in which it ends."""
         return bool(self.rows().reshape(-1)[self.size // 2 - 1])
 
 
@@ -104,7 +104,7 @@ def test_the_rest_of_a_chunk_of_an_aborted_room_is_written_nowhere(sender: Sende
     assert sender.decode.agent.stats().staging_used_bytes == 0
     sender.decode.agent.close_room(1)
 
-    request, sent = sender.open(2), sender.payload(2)  # and the channel goes on
+    request, sent = sender.open(2), sender.payload(2)  # the channel goes on
     sender.stream.sendall(sender.begin(request, sent))
     assert sender.fake.expect(messages.Ack).room == 2
     assert sender.rows().tobytes() == sent
@@ -148,7 +148,7 @@ def test_a_chunk_that_ends_half_way_comes_again_within_the_same_credit(sender: S
 @pytest.mark.usefixtures("rows_kind")
 @pytest.mark.parametrize("way", ["in extents", "row by row", "in extents, without C", "in extents, by workers"])
 def test_every_way_is_right_to_the_last_bit(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows come in another order than that in which they lie in the pool."""
+    """The rows come in another order than they lie in the pool."""
     if "without C" in way:
         monkeypatch.setattr(native, "library", lambda: None)
     monkeypatch.setattr(workers, "SPARE_CORES", 1 if "by workers" in way else 1 << 20)
@@ -170,7 +170,7 @@ def test_every_way_is_right_to_the_last_bit(way: str, monkeypatch: pytest.Monkey
 
 
 def test_rows_that_their_next_owner_wrote_on_the_way_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The room ends in mid-payload and its pages are written over: what is on its way comes with a wrong checksum."""
+    """The room ends in mid-payload and its pages are overwritten: the chunk under way gets a wrong checksum."""
     monkeypatch.setattr(data_channel, "BUFFER_BYTES", 4096)
     prefill = rig.prefill_rank(chunk_bytes=256 << 10, staging_bytes=1 << 20)
     pages = np.arange(PAGES, dtype=np.int32)
@@ -196,5 +196,5 @@ def test_rows_that_their_next_owner_wrote_on_the_way_do_not_count(monkeypatch: p
             said = stream.recv(messages.CHECKSUM_BYTES, socket.MSG_WAITALL)
     rows = before[: PAGES * rig.PAGE].view(torch.uint8).numpy().tobytes()
     assert size_bytes == 3 * len(rows)
-    assert not payload.endswith(rows[-100:])  # the last layer came as it is now
+    assert not payload.endswith(rows[-100:])  # the last layer came with its new rows
     assert said != messages.checksum(payload)

@@ -1,4 +1,4 @@
-"""Shared memory that cannot be had, or runs out: transfers stay right, through sockets or with less staging."""
+"""Shared memory that is refused or runs out: transfers stay right, through sockets or with less staging."""
 
 import contextlib
 import errno
@@ -20,12 +20,12 @@ from tests.ports import neighbouring_ports
 from tests.wire import rig
 from tests.wire.fakes import FakePrefill
 
-pytestmark = pytest.mark.usefixtures("rows_kind")  # each test with plain and with sketched rows
+pytestmark = pytest.mark.usefixtures("rows_kind")  # each test runs with plain and with sketched rows
 
 
 @contextlib.contextmanager
 def no_file_above(size_bytes: int) -> Iterator[None]:
-    """Have the kernel refuse larger files, memory files included (EFBIG)."""
+    """Let the kernel refuse larger files, memory files included (EFBIG)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
     try:
@@ -35,7 +35,7 @@ def no_file_above(size_bytes: int) -> Iterator[None]:
 
 
 def transfers(prefill: rig.PrefillRank, decodes: list[rig.DecodeRank]) -> None:
-    """Move several rooms at once to all ranks; all are right, and nothing of them is left."""
+    """Move several rooms at once to all ranks, and check that all are right and that nothing is left of them."""
     rooms = 6
     at = np.split(rig.pages(7, 12 * rooms), rooms)
     for room in range(rooms):
@@ -62,7 +62,7 @@ def test_no_shared_memory_at_the_start(who: str, host: str | None, caplog: pytes
     with rig.serving(prefill, *decodes):
         assert "no shared memory of 131072 bytes ([Errno 27] File too large)" in caplog.text
         transfers(prefill, decodes)
-        # decode reads what prefill's segment holds, or one of its ranks what the other's does
+        # decode ranks can read prefill's segment, or one rank the other's
         other = who == "prefill" or (who, host) == ("decode", None)
         assert any(decode.agent.stats().shared_memory_bytes > 0 for decode in decodes) is other
 
@@ -71,7 +71,7 @@ def test_no_shared_memory_at_the_start(who: str, host: str | None, caplog: pytes
 def test_shared_memory_runs_out(
     host: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """After a few slots the system has none left, so that less is in flight at a time."""
+    """After a few slots the system has no memory left, so that fewer chunks are in flight at a time."""
     reserve, refused = os.posix_fallocate, list[int]()
 
     def full_after_three(file: int, offset: int, size_bytes: int) -> None:
@@ -81,11 +81,11 @@ def test_shared_memory_runs_out(
         reserve(file, offset, size_bytes)
 
     monkeypatch.setattr(os, "posix_fallocate", full_after_three)
-    monkeypatch.setattr(iovec, "MIN_EXTENT_BYTES", 1 << 20)  # or the channel would need no staging
+    monkeypatch.setattr(iovec, "MIN_EXTENT_BYTES", 1 << 20)  # otherwise the channel would need no staging
     prefill = rig.prefill_rank()
     staging = prefill.agent.lanes.staging
     reap, all_slots = staging.reap, staging.slots
-    # else a slow machine might have no four chunks under way
+    # otherwise a slow machine might never have four chunks under way
     monkeypatch.setattr(staging, "reap", lambda: staging.slots < all_slots and reap())
     decodes = [rig.decode_rank(rank=rank, size=2, host=host) for rank in range(2)]
     with rig.serving(prefill, *decodes):
@@ -93,12 +93,12 @@ def test_shared_memory_runs_out(
         assert prefill.agent.stats().staging_limit_bytes == 3 * rig.SETTINGS.chunk_bytes
         assert refused
         assert "no memory for more than 24576 bytes of staging: [Errno 28] No space left" in caplog.text
-        monkeypatch.undo()  # there is room again
+        monkeypatch.undo()  # there is memory again
         transfers(prefill, decodes)
 
 
 def test_memory_that_cuda_refuses_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rank says so and does not start; another one can have its ports while the error is still told."""
+    """The rank reports the error and does not start. Another rank can have its ports while the error is still held."""
 
     def refuse(memory: np.ndarray) -> None:
         raise RuntimeError(f"cudaHostRegister of {memory.nbytes} bytes failed: lower staging_bytes")
@@ -114,14 +114,14 @@ def test_memory_that_cuda_refuses_leaves_nothing_open(monkeypatch: pytest.Monkey
 
 
 def test_places_in_shared_memory_are_used_again() -> None:
-    """Ranks of another host that pass chunks on touch no more of their segments than is in use at a time."""
+    """Ranks of another host that pass chunks on touch no more of their segments than they use at a time."""
     prefill = rig.prefill_rank()
     decodes = [rig.decode_rank(rank=rank, size=2, host="far", staging_bytes=4 << 20) for rank in range(2)]
     with rig.serving(prefill, *decodes):
         for _ in range(10):
             transfers(prefill, decodes)
         for decode in decodes:
-            assert 0 < decode.agent.receiver._slots._reserved < 40  # of the 60 rooms some hundred chunks
+            assert 0 < decode.agent.receiver._slots._reserved < 40  # the 60 rooms have some hundred chunks
 
 
 def test_shared_memory_can_be_switched_off() -> None:
@@ -133,7 +133,7 @@ def test_shared_memory_can_be_switched_off() -> None:
 
 @pytest.mark.parametrize(("staging_chunks", "granted_chunks"), [(256, 8), (16, 4), (8, 2)])
 def test_a_room_gets_credit_for_some_chunks_at_once(staging_chunks: int, granted_chunks: int) -> None:
-    """A room gets eight chunks of a large staging, four of a small one, and never more than a quarter of it."""
+    """A room gets credit for eight chunks of large staging, four of small staging, and at most a quarter of it."""
     chunk = 64 << 10
     decode = rig.decode_rank(host="far", chunk_bytes=chunk, staging_bytes=staging_chunks * chunk)
     with contextlib.closing(decode.agent), contextlib.closing(FakePrefill()) as fake:

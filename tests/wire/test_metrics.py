@@ -1,4 +1,4 @@
-"""The series say what happened, also with several ranks."""
+"""The series report what happened, also with several ranks."""
 
 import contextlib
 from pathlib import Path
@@ -21,7 +21,7 @@ def test_series_after_a_transfer_to_two_ranks() -> None:
         registry = CollectorRegistry()
         with contextlib.closing(AgentPublisher(lambda: agents, registry, period_s=60.0)) as publisher:
             publisher.publish()
-            publisher.publish()  # counters grow by what is new
+            publisher.publish()  # counters grow only by new events
     size = 5 * rig.PAGE * rig.LAYERS * (rig.LATENT + rig.ROPE) * 2
     expected = {("prefill", "0"): 2 * size, ("decode", "0"): size, ("decode", "1"): size}
     for (role, rank), value in expected.items():
@@ -34,12 +34,12 @@ def test_series_after_a_transfer_to_two_ranks() -> None:
         assert read("rooms_succeeded_total") == read(f"{LATENCY}_count") == 1
         assert read("transfer_seconds_total") == read(f"{LATENCY}_sum")
         assert read("threads_alive") == 2
-        # a counter that has not counted yet is there as well
+        # a counter at zero exists as well
         assert None not in [read(name) for name in GAUGES] + [read(f"{name}_total") for name in COUNTERS]
 
 
 def test_dashboard_asks_for_series_that_exist() -> None:
     asked = asked_series()
-    registrations = "bootstrap_registrations_total"  # of the bootstrap server
+    registrations = "bootstrap_registrations_total"  # a series of the bootstrap server
     assert asked <= {*GAUGES, *(f"{name}_total" for name in COUNTERS), f"{LATENCY}_bucket", registrations}
     assert len(asked) > 15

@@ -1,4 +1,4 @@
-"""A bad network: what was begun is finished to the last bit or fails with a reason, and the next request is right."""
+"""A bad network: each room ends right to the last bit or fails with a reason, and the next request is right."""
 
 import contextlib
 import random
@@ -11,7 +11,7 @@ from tests.wire import rig
 from tests.wire.proxy import FaultProxy, Spoiler
 
 pytestmark = [
-    pytest.mark.usefixtures("rows_kind"),  # each test with plain and with sketched rows
+    pytest.mark.usefixtures("rows_kind"),  # each test runs with plain and with sketched rows
     pytest.mark.parametrize("decode", [None, "far"], ids=["near", "far"], indirect=True),
 ]
 
@@ -99,7 +99,7 @@ def test_network_away_for_longer_than_the_timeout(
 
 
 def test_flipped_bit_in_the_greeting(prefill: rig.PrefillRank, proxy: FaultProxy, decode: rig.DecodeRank) -> None:
-    """Damage while a connection is taken up again harms no later request: a spoiled name once looked like a restart."""
+    """Damage while a connection is re-established harms no later request: a spoiled name once looked like a restart."""
     for round_, position in enumerate(range(100, 180, 5)):
         begin(prefill, proxy, decode, 2 * round_)
         passed = 0
@@ -123,14 +123,14 @@ def test_flipped_bit_in_the_greeting(prefill: rig.PrefillRank, proxy: FaultProxy
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have ranks that are made from now on wait for 3 s."""
+    """Let ranks that are made from now on fail a room after 3 s without progress."""
     monkeypatch.setattr(rig, "SETTINGS", rig.settings(transfer_timeout_s=3.0))
 
 
 @pytest.mark.usefixtures("impatient")
 def test_spoiled_streams(prefill: rig.PrefillRank, proxy: FaultProxy, decode: rig.DecodeRank) -> None:
-    """Twenty rooms through a proxy that spoils one piece in fifty, either way, four rooms for each kind of damage:
-    payloads are asked for again, broken framing breaks the connection.
+    """Twenty rooms go through a proxy that spoils one piece in fifty, either way, four rooms for each kind of damage:
+    damaged payloads are asked for again, and broken framing breaks the connection.
     """
     right = spoiled = 0
     for room in range(20):
@@ -139,12 +139,12 @@ def test_spoiled_streams(prefill: rig.PrefillRank, proxy: FaultProxy, decode: ri
         down, up = Spoiler(kind, 2 * room, 0.02), Spoiler(kind, 2 * room + 1, 0.02)
         proxy.tamper, proxy.tamper_up = down, up
         prefill.agent.send(room, rig.pages(room + 1, PAGES)[40:], last=True, metadata_row=2)
-        if rig.ended(decode.agent, room) == RoomState.SUCCESS:  # else it failed in time: never a wrong row
+        if rig.ended(decode.agent, room) == RoomState.SUCCESS:  # otherwise the room failed in time
             right += 1
             rig.check_rows(prefill, decode, rig.pages(room + 1, PAGES), rig.pages(room, PAGES), PAGES * rig.PAGE)
             assert decode.metadata.read(3) == prefill.metadata.read(2)
         proxy.tamper = proxy.tamper_up = None
-        proxy.cut()  # a spoiled greeting would be waited for until the timeout
+        proxy.cut()  # otherwise ranks would wait for a spoiled greeting until the timeout
         spoiled += down.spoiled + up.spoiled
         decode.agent.close_room(room)
         rig.ended(prefill.agent, room)

@@ -1,4 +1,4 @@
-"""What one prefill rank holds for its decode ranks is bounded: who comes beyond the bound is told, or given up."""
+"""Bounds on the state that one prefill rank holds for its decode ranks: a rank beyond them is refused or given up."""
 
 import contextlib
 
@@ -19,7 +19,7 @@ def test_more_decode_ranks_than_one_prefill_rank_serves(monkeypatch: pytest.Monk
         first.register(agent="first")
         second.say(hello(agent="second"))
         assert "serves at most 1; close unused decode servers" in second.expect(messages.Refused)[0].reason
-        first.say(hello(agent="first"))  # on the connection that it has, it may greet again
+        first.say(hello(agent="first"))  # a registered rank may greet again on its connection
         first.expect(messages.Welcome)
         first.say(messages.Goodbye("over"))
         rig.wait(lambda: agent.stats().peers == 0, "the first one's leave")
@@ -27,7 +27,7 @@ def test_more_decode_ranks_than_one_prefill_rank_serves(monkeypatch: pytest.Monk
 
 
 def test_more_projections_than_one_prefill_rank_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of ranks that are there: those of others make room."""
+    """Only projections of registered ranks count; those of ranks that have left make room."""
     monkeypatch.setattr(projections, "MAX_PROJECTIONS", 1)
 
     def begin(fake: FakeDecode, group: int) -> None:

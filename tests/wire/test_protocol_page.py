@@ -1,5 +1,5 @@
 """A decode rank that is written from PROTOCOL.md alone, without our classes, fetches a room from our prefill agent.
-What it needs and the page does not say is a hole in the page.
+If the rank needs a fact that the page does not state, the page has a gap.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ def exactly(stream: socket.socket, size: int) -> bytes:
 
 
 def next_chunk(stream: socket.socket, key: bytes | None, number: int) -> tuple[list[Any], bytes]:
-    """Read one chunk of a data channel. Return what its header says, and its payload, proved."""
+    """Read one chunk of a data channel. Return the fields of its header, and its verified payload."""
     sizes = exactly(stream, 8)
     header_bytes, payload_bytes = struct.unpack(">II", sizes)
     if key is None:
@@ -69,7 +69,7 @@ def next_chunk(stream: socket.socket, key: bytes | None, number: int) -> tuple[l
 
 @pytest.mark.parametrize("sealed", [False, True])
 def test_a_decode_rank_from_the_page(sealed: bool, request: pytest.FixtureRequest) -> None:
-    folder = request.getfixturevalue("key_folder") if sealed else None  # before the rank, which reads them
+    folder = request.getfixturevalue("key_folder") if sealed else None  # made before the rank, which reads the keys
     prefill = rig.prefill_rank(peer_timeout_s=20.0)
     context = zmq.Context()
     dealer = context.socket(zmq.DEALER)

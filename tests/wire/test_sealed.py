@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("key_folder")
 
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """The keys that were handed out."""
+    """The list of the keys that are handed out."""
     handed: list[bytes] = []
 
     def make() -> bytes:
@@ -143,7 +143,7 @@ def test_a_decode_rank_with_keys_takes_no_channel_without_one(
 def test_ranks_of_two_groups_get_their_slices(
     hosts: tuple[str | None, ...], make: Callable[[int], Projection], prefill: rig.PrefillRank
 ) -> None:
-    """Chunks travel once to a host, and its other ranks read them there, by checksum."""
+    """Chunks travel once to a host, where its other ranks read them from shared memory, checked by checksum."""
     decodes = [rig.decode_rank(make(rank % 2), rank=rank, size=4, host=host) for rank, host in enumerate(hosts)]
     with rig.serving(*decodes):
         for room in (1, 2):

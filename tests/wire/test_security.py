@@ -1,4 +1,6 @@
-"""Keys: allowed ones transfer as without, all others are refused and counted; plain TCP only on loopback."""
+"""Keys: ranks with allowed keys transfer as without keys, all others are refused and counted. Plain TCP works only on
+loopback.
+"""
 
 import contextlib
 from pathlib import Path
@@ -35,7 +37,7 @@ def test_allowed_keys_transfer(key_folder: Path) -> None:
 
 
 def hello_after_refusal(decode: rig.DecodeRank) -> None:
-    """Have a decode rank say Hello when its connection has ended already, as on a busy machine."""
+    """Let a decode rank send Hello only when its connection has ended already, as on a busy machine."""
     connections: Any = decode.agent.connections
     send = connections._send_now
 
@@ -59,7 +61,7 @@ def test_other_keys_and_no_keys_are_refused(key_folder: Path, monkeypatch: pytes
         monkeypatch.delenv(KEYS_VARIABLE)
         bare = rig.decode_rank()
         for decode in (stranger, bare):
-            if late and decode is stranger:  # the other mechanism has ZeroMQ connect again by itself
+            if late and decode is stranger:  # without keys, ZeroMQ connects again by itself
                 hello_after_refusal(decode)
             with contextlib.closing(decode.agent):
                 before = prefill.agent.stats().refused
@@ -89,7 +91,7 @@ def test_plain_tcp_beyond_loopback_needs_the_word(monkeypatch: pytest.MonkeyPatc
             PrefillAgent(prefill.pool, prefill.metadata, bind_host="0.0.0.0", **fields)
         with pytest.raises(TransferError, match=r"connecting to 192\.0\.2\.1 without keys"):
             decode.agent.connect("192.0.2.1", 1)
-        monkeypatch.setenv(INSECURE_VARIABLE, "yes")  # as the settings of servers refuse it
+        monkeypatch.setenv(INSECURE_VARIABLE, "yes")  # refused, as in the settings of servers
         with pytest.raises(TransferError, match="SGLANG_TPLA_INSECURE must be 0 or 1; got 'yes'"):
             Security.from_environment("prefill")
         monkeypatch.setenv(INSECURE_VARIABLE, "1")
@@ -118,7 +120,7 @@ def test_key_files_are_checked(key_folder: Path) -> None:
 
 
 def test_a_key_that_was_listed_by_hand_keeps_its_line(key_folder: Path) -> None:
-    """The file may end without an end of line, behind which the next key would be lost."""
+    """The file may lack its last end of line, and the next key must not be lost in that line."""
     allowed = key_folder / "allowed"
     allowed.write_text(allowed.read_text().rstrip("\n"))
     before = Security.from_environment("prefill").allowed
@@ -128,7 +130,7 @@ def test_a_key_that_was_listed_by_hand_keeps_its_line(key_folder: Path) -> None:
 
 
 def test_a_folder_that_cannot_take_keys_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Half of a pair is what a server's own folder has: making the other half anew would part it from its peers."""
+    """A server's own folder has half of a pair. New keys would cut the server off from its peers."""
     (tmp_path / "file").touch()
     for halves in (("prefill.public", "decode.secret"), ("decode.secret",)):
         folder = tmp_path / "-".join(halves)

@@ -1,4 +1,4 @@
-"""Interleavings of whole agents: random ones (``make fuzz`` runs more), and every one that failed once."""
+"""Interleavings of whole agents: random ones (``make fuzz`` runs more), and every one that has failed before."""
 
 import contextlib
 from collections import deque
@@ -16,12 +16,12 @@ from tests.wire.simulated_ranks import SETTINGS
 from tests.wire.simulated_steps import HOSTS
 from tests.wire.simulation import Kind, Simulation, begun, simulate
 
-# what fuzzing found: the choices, with what was wrong
+# the choices that fuzzing found, with the error that each one showed
 FINDS: list[tuple[Kind, str]] = [
     *((kind, "") for kind in Kind),
-    # two ranks of a host had given their credit to different prefill ranks; each one's next chunk waited for the other
+    # two ranks of a host had given their credit to different prefill ranks, and each next chunk waited for the other's
     (Kind.CUTS, "8034" + "00" * 6 + "0101" + "00" * 88 + "0100010000" + "0000"),
-    # prefill ranks cut and stepped differently, and rows of a room that succeeded had not been written
+    # prefill ranks differed in chunk sizes and steps, and rows of a room that succeeded had not been written
     (
         Kind.CUTS,
         "a2df6af1d8303e61cdc4bb86c3d1c427103c344c4189eb2f1e7bd5d47e446fcec2a3d811736110e5781bcccea696762e6116c6e9c92d99bf"
@@ -29,7 +29,7 @@ FINDS: list[tuple[Kind, str]] = [
         "44fed8b6b8357e44cd3129903ac1d45597a242fdf11f8f2b1a39f3c3e693114351dcbed407e3e6b605b99e8306dda748a61e029a8a3f415b"
         "024a146cf0d98a98e1cf999661f967bdafdf0e7337420c13f8f5d40f6ce079d1b987376f0787",
     ),
-    # a rank was done before its connection to a prefill rank that sends it nothing was there to say so
+    # a rank was done before it had a connection for its dummy request to a prefill rank that sends it nothing
     (
         Kind.CUTS,
         "f3ec021e86578404a624f9db073d091865576ac6ac0ca46a9343acaacd542a3d52f737eaa88ecc85a1cdf4216d898a0c0fe89ac9bc957071"
@@ -43,9 +43,9 @@ FINDS: list[tuple[Kind, str]] = [
         "fd886b8c70543cc7918ab9c505fbf416f479c04c4af4ff455ab99cbe6e10a448c2ec62440d8f4a491346f450024b54e64cbd4ac28bfb0422"
         "b171720e2b5fb2b1b068c90a5dae0414d440dd4c375361",
     ),
-    # a first rank of its host was done, what it had said of a chunk was lost, and nobody passed the chunk on
+    # the first rank of its host was done, its receipt for a chunk was lost, and the chunk was never passed on
     (Kind.CUTS, "010181887328cd1c4d26257f6927eeb994d68bae5ee6ac5caa4dd683d0c95cc82743de1e43996a8615dc19bcfc5c8efa"),
-    # a dial that nobody answered, long before any room wanted the channel, failed the first one that did
+    # a dial that nobody answered, long before any room wanted the channel, failed the first room that did
     (
         Kind.FAULTS,
         "01824d58558b2c11a1461c737841b8dbb8adc313f9e459e9ebac522fcf028c95681d05ebe731343263356561613232666134643631613863"
@@ -62,7 +62,7 @@ def test_finds(kind: Kind, data: str) -> None:
 
 
 def test_a_room_that_only_begins_anew_ends_in_time() -> None:
-    """Connections that come back each time and break before a chunk is through are no progress."""
+    """A connection that comes back each time and breaks before a chunk is through makes no progress."""
     with begun(b"") as simulation:
         for _ in range(4):
             simulation.advance()
@@ -120,7 +120,7 @@ def test_an_abort_that_was_lost_is_said_again() -> None:
 
 @contextlib.contextmanager
 def kept_for_colocated_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Simulation]:
-    """End a room well without any Release for what was kept on the way."""
+    """End a room with success, but without any Release for the retained chunks."""
     with begun(bytes([0, HOSTS.index(("a", "a"))])) as simulation:
         for agent in simulation.prefills:
 
@@ -141,7 +141,7 @@ def test_a_release_that_was_lost_is_not_waited_for_for_ever(monkeypatch: pytest.
 
 
 def test_a_release_that_came_damaged_ends_with_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A damaged message ends its connection even where no room is under way: it may have been a Release."""
+    """A damaged message ends its connection even if no room is under way, because it may have been a Release."""
     with kept_for_colocated_ranks(monkeypatch) as simulation:
         for identity in list(simulation.network.dealers):
             simulation.network.down.setdefault(identity, deque()).append([b"damaged"])
@@ -152,11 +152,11 @@ def test_a_release_that_came_damaged_ends_with_its_connection(monkeypatch: pytes
 
 @pytest.mark.parametrize("hosts", HOSTS)
 def test_a_chunk_in_the_making_while_its_connection_breaks_goes_once(hosts: tuple[str | None, ...]) -> None:
-    """A GPU may still compute rows when their rank is back, for which another thread then makes the same chunk."""
+    """A GPU may still compute a chunk when its rank is back, and another thread then makes the same chunk again."""
     with begun(bytes([0, HOSTS.index(hosts)])) as simulation:
         simulation._each(simulation._step, [0])
         simulation._until(lambda: all(d.agent.poll(0).name == "WAITING" for d in simulation.decodes))
-        for agent in (*simulation.agents, *simulation.prefills):  # who hand over all rows in two steps
+        for agent in (*simulation.agents, *simulation.prefills):  # prefill ranks hand over all rows in two steps
             simulation._step(agent, 0)
         simulation._post()
         for _ in range(3):  # requests, wants and credit

@@ -28,7 +28,7 @@ from tests.wire.fakes import hello
 def test_rows_are_the_senders_bytes(
     dtype: torch.dtype, groups: int, shared: int, bits: tuple[int, ...], rope_bits: int, host: str | None
 ) -> None:
-    """Eight ranks of one host: sketches, key and shared columns (both roundings) once, own columns once a group."""
+    """Eight ranks of one host get sketches, key and shared columns (both roundings) once, own columns once a group."""
     count, pages = 8, 20
     prefill = rig.prefill_rank(dtype)
     projections = [rig.sketched_projection(group, groups, shared, bits, rope_bits) for group in range(groups)]
@@ -38,7 +38,7 @@ def test_rows_are_the_senders_bytes(
         per_token = prefill.agent.metric(1).wire_bytes / (pages * rig.PAGE)
         whole = sum(rows.row_items for rows in ranks[0].pool.row_format.layers)
         n = (rig.LATENT - shared) // groups
-        turns = 2 if n else 1  # shared columns and keys of bytes as groups of even and of odd numbers round them
+        turns = 2 if n else 1  # shared columns and keys of bytes come in the roundings of even and of odd groups
         key = rig.ROPE * (turns if rope_bits == 8 else 2)
         parts = sum(turns * shared + key + groups * n * b // 8 + 6 + groups * (n + 2 if n else 0) for b in bits)
         assert per_token == (count * whole if host == "" else whole if groups == 1 else parts)
@@ -46,7 +46,7 @@ def test_rows_are_the_senders_bytes(
 
 @pytest.mark.parametrize("host", rig.HOSTS)
 def test_padding_is_there_however_a_row_came(host: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No part brings it; rows that come whole have it."""
+    """No part brings the padding; rows that come whole have it."""
     monkeypatch.setattr(rig, "LATENT", 336)
     z = [rig.sketched_projection(group, 2, 64, (4, 3, 4), 8) for group in range(2)]
     assert z[0].sketched is not None
@@ -54,7 +54,7 @@ def test_padding_is_there_however_a_row_came(host: str | None, monkeypatch: pyte
     prefill = rig.prefill_rank(torch.float32)
     ranks = [rig.decode_rank(z[rank % 2], rank=rank, size=4, host=host) for rank in range(4)]
     with rig.serving(prefill, *ranks):
-        rig.transfer(prefill, ranks, count=4, cuts=(2,))  # which reads the rows byte by byte
+        rig.transfer(prefill, ranks, count=4, cuts=(2,))  # the check reads the rows byte by byte
 
 
 @pytest.mark.parametrize("host", rig.HOSTS)
@@ -63,9 +63,9 @@ def test_padding_is_there_however_a_row_came(host: str | None, monkeypatch: pyte
 def test_decode_writes_a_new_token_as_prefill_sends_it(
     groups: int, shared: int, rope_bits: int, host: str | None
 ) -> None:
-    """Bit by bit for each group, whether its row came whole or in two parts.
+    """The rows of each group are equal bit by bit, whether they came whole or in two parts.
 
-    Sums of small whole numbers are exact in float32 in any order, so that a projection has one result.
+    Sums of small whole numbers are exact in float32 in any order, so that a projection has only one result.
     """
     prefill, count = rig.prefill_rank(torch.float32), 8
     whole = torch.Generator().manual_seed(groups)
@@ -91,7 +91,7 @@ def test_decode_writes_a_new_token_as_prefill_sends_it(
                 written = torch.zeros_like(cache)
                 columns = latent @ rank.projection.matrices[index]
                 reference.write(CacheWrite(columns, key, slots, written, sketched=kind))
-                if not kind.rows.own:  # nothing reads the scale of no columns, and no part brings it
+                if not kind.rows.own:  # without own columns, no part brings their scale and nothing reads it
                     place = kind.rows.scales_offset + 2
                     written[:, place : place + 2] = cache[:, place : place + 2]
                 assert torch.equal(cache[slots], written[slots]), (index, kind)
@@ -99,7 +99,7 @@ def test_decode_writes_a_new_token_as_prefill_sends_it(
 
 @pytest.mark.parametrize("groups", [1, 2, 4, 8, 16])
 def test_all_ranks_of_a_host_get_no_more_than_plain_mla(groups: int) -> None:
-    """DeepSeek's 512 + 64: at most the 1,152 bytes of one bfloat16 row a token and layer, for all ranks together."""
+    """With DeepSeek's 512 + 64, all ranks together get at most one bfloat16 row, 1,152 bytes, per token and layer."""
     rows = SketchedRows.of(512, groups, 64, 64)
     assert (rows.row_bytes if groups == 1 else rows.common_bytes + groups * rows.own_bytes) <= 1152
 
@@ -200,7 +200,7 @@ def test_groups_have_one_common_part_and_different_projections() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_drafts_layer_travels_whole_behind_rows_in_bytes(dtype: torch.dtype) -> None:
-    """Bit by bit, into a pool of bytes, once a host; the layers before it are what they are without it."""
+    """A draft's layer arrives bit by bit in a pool of bytes, behind sketched layers."""
     prefill = rig.prefill_rank(dtype)
     ranks = []
     for rank in range(2):
@@ -237,7 +237,7 @@ def test_whole_layers_that_are_announced_wrong_are_refused() -> None:
 
 
 def test_a_decode_rank_that_announces_retired_rows_is_told_what_to_use() -> None:
-    """Under whatever else it announces, and before anything of it is registered."""
+    """The rank is told so whatever else is wrong with its Hello, and before it is registered."""
     prefill = rig.prefill_rank()
     for name in ("fp8_rows", "fp8_rows whole_layers=1 whole_dtype=bfloat16"):
         asks = hello(layout=msgspec.structs.replace(hello().layout, dtype=name, metadata_bytes=(1,)))

@@ -1,4 +1,4 @@
-"""Nobody waits without a reason: what cannot be served fails soon, on both sides, and says why."""
+"""Nobody waits without a reason: a request that cannot be served fails soon, on both sides, and the reason says why."""
 
 import contextlib
 import time
@@ -14,7 +14,7 @@ from tests.wire.simulation import Simulation, begun
 
 
 def pass_time(simulation: Simulation, seconds: float) -> None:
-    """Let all agents look at the clock, and answer, each half second."""
+    """Let time pass in steps of half a second, in each of which all agents tick and answer."""
     end = simulation.clock.now + seconds
     while simulation.clock.now < end:
         simulation.clock.now += 0.5
@@ -44,7 +44,7 @@ def test_a_room_that_waits_for_pages_does_not() -> None:
 
 
 def test_a_room_whose_decode_ranks_have_ended_fails_soon() -> None:
-    """The decode ranks had named the room, and name it no longer."""
+    """The decode ranks have named the room before, and stop naming it."""
     with begun(b"") as simulation:
         simulation._each(simulation._step, [0])
         pass_time(simulation, 2.0)
@@ -88,7 +88,7 @@ def test_a_prompt_that_prefill_does_not_take_fails_at_once_at_decode(limits: Lim
 
 @pytest.mark.parametrize(("reason", "said"), [("it is too long", "it is too long"), ("no tool \ud800", "tool \\ud800")])
 def test_a_request_that_prefill_refused_is_told_why(reason: str, said: str) -> None:
-    """Whatever words of its client the reason holds."""
+    """The decode rank gets the reason, whatever text of its client the reason contains."""
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
     with rig.serving(prefill, decode):
         prefill.agent.decline(1, reason)
@@ -99,7 +99,7 @@ def test_a_request_that_prefill_refused_is_told_why(reason: str, said: str) -> N
 def test_a_request_that_came_while_no_prefill_lived_fails_when_one_is_there() -> None:
     """The other half of the request reached nobody."""
     with contextlib.closing(rig.decode_rank(peer_timeout_s=20.0).agent) as decode:
-        # nobody else takes them before it is started anew
+        # nothing else takes these ports before the rank starts anew
         first = rig.prefill_rank(port=neighbouring_ports(2))
         address = first.agent.address
         first.agent.close()
@@ -113,7 +113,7 @@ def test_a_request_that_came_while_no_prefill_lived_fails_when_one_is_there() ->
 
 @pytest.mark.parametrize("idle", [False, True], ids=["other rooms opened", "nothing to do"])
 def test_a_request_that_prefill_passed_over_fails_soon(idle: bool) -> None:
-    """The other half never came: the scheduler has opened other rooms since, or has had none to open."""
+    """The other half never came: the scheduler has opened other rooms since, or has no room left to open."""
     with begun(b"") as simulation:
         simulation.finish(0)
         for decode in simulation.decodes:
@@ -142,7 +142,7 @@ def test_a_room_id_out_of_range_is_refused_where_it_is_opened(room: object) -> N
 
 
 def test_rows_are_read_after_the_event_that_they_wait_for() -> None:
-    """A cached prefix that is sent ahead may still be written by the step before."""
+    """The step before may still be writing a cached prefix that is sent ahead."""
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
     source, target, written = rig.pages(0, 6), rig.pages(1, 6), rig.WrittenLater(prefill)
     with rig.serving(prefill, decode):

@@ -1,12 +1,12 @@
-"""The decode side: one agent a rank, a DEALER socket for each prefill rank, and chunks into the paged pool.
+"""The decode side: one agent per rank, which has a DEALER socket to each prefill rank and fills the paged pool.
 
-The scheduler opens rooms and hands over pages; prefill ranks send what credit allows. The agent owns its parts:
+The scheduler opens rooms and hands over pages; prefill ranks send as much as credit allows. The agent owns its parts:
 
     Workers      threads, lock, counters
-    Connections  sockets to prefill ranks; it owns their DataChannels, and tells what comes to the
-    Receiver     which writes chunks into the pool and checks them, and asks the
-    Rooms        what each event means, and with them the
-    Credits      who may send how much
+    Connections  sockets to prefill ranks, and their DataChannels; reports messages and chunks to the Receiver
+    Receiver     writes chunks into the pool and checks them; reports events to the Rooms
+    Rooms        the states of rooms, and the effect of each event on them
+    Credits      how many bytes each prefill rank may send
 """
 
 import time
@@ -45,11 +45,11 @@ class DecodeAgent:
     of the agent has ended.
 
     Args:
-        projection: None where the pool holds the whole latent.
-        host_id: overrides what tells hosts apart.
-        limits: how long a prompt this server takes.
+        projection: the maps for the prefill ranks to apply; None if the pool holds the whole latent.
+        host_id: overrides the identity of this host.
+        limits: the longest prompt that this server accepts.
         on_peer_lost: called with host and port, from the I/O thread, once for each prefill rank whose connection breaks
-            or that is given up: ask anew where it is.
+            or that is given up, so that the caller looks up its address anew.
     """
 
     role = "decode"
@@ -138,8 +138,8 @@ class DecodeAgent:
         """Begin a new generation of a room with prefill ranks ``(host, port, is_dummy)``, connecting where needed.
 
         Args:
-            born: when its request came (`time.monotonic`; None: now); it fails where a prefill rank began later.
-            prompt_tokens: of the whole request (0: not known); it fails where a prefill rank cannot take as many.
+            born: when the request came (`time.monotonic`; None: now); the room fails if a prefill rank started later.
+            prompt_tokens: length of the whole prompt (0: not known); the room fails if a prefill rank cannot take it.
 
         Raises:
             TransferError: no peers, all of them dummies, the room is open and has not ended, or its id is out of range.
@@ -178,13 +178,13 @@ class DecodeAgent:
             room = self._open(room_id)
             if room.request is not None:
                 raise TransferError(f"room {room_id} was asked for already on decode rank {self.rank}")
-            unknown = -1  # how full the last page is, prefill says
+            unknown = -1  # prefill's Finish says how full the last page is
             request = messages.Request(room_id, room.generation, expected_ranks, prefix_tokens, unknown, False, 0, 1)
             self.rooms.request(room, Slots(slots), metadata_row, request, now)
 
     def poll(self, room_id: int) -> RoomState:
-        """Return the state of a room: BOOTSTRAPPING until every prefill rank has registered this one, WAITING for
-        ``request``, TRANSFERRING, SUCCESS when every chunk and then the metadata row are in place; FAILED (`failure`).
+        """Return the state of a room: BOOTSTRAPPING until every prefill rank has registered this one, WAITING until
+        ``request``, TRANSFERRING, SUCCESS when every chunk and then the metadata row are written; FAILED (`failure`).
         """
         with self.workers.lock:
             return RoomState.FAILED if self.workers.death is not None else self._open(room_id).state
@@ -264,7 +264,7 @@ def _check_projection(pool: CachePool, projection: Projection | None) -> None:
     """Refuse a projection that is not for this pool.
 
     Raises:
-        TransferError: naming both.
+        TransferError: the two differ; the message names both.
     """
     if projection is None:
         return

@@ -1,4 +1,4 @@
-"""Inside the decode agent: a DEALER socket for each prefill rank, registration there, and the segments it can read."""
+"""A decode agent's connections: a DEALER socket to each prefill rank, registration, and the segments it can read."""
 
 import uuid
 from collections.abc import Callable
@@ -21,11 +21,11 @@ from sglang_tpla.transfer.room import Limits
 from sglang_tpla.transfer.workers import Workers
 
 MAX_UNANSWERED = 3
-WELCOME_DELAY_S = 1.0  # a Welcome may have been on its way for so long
+WELCOME_DELAY_S = 1.0  # the longest time that a Welcome is assumed to take
 
 
 class Connections:
-    """The sockets to prefill ranks, and those ranks' shared memory that this process can read.
+    """The sockets to prefill ranks, and the shared memory of other ranks that this process can read.
 
     Everything runs on the I/O thread, except for `connection` (any thread, under the lock) and `put` (any thread).
     """
@@ -48,7 +48,7 @@ class Connections:
         self._settings, self._rank = workers.settings, workers.rank
         self._hello, self._limits, self._projection, self._device = hello, limits, projection, device
         self._on_peer_lost = on_peer_lost
-        self._maps: dict[bytes, memoryview | None] = {}  # by token: segments; None: not to be mapped
+        self._maps: dict[bytes, memoryview | None] = {}  # segments by token; None: cannot be mapped
         self._channels = DataChannels(workers, receiver, self, security.secret is not None, buffers)
 
     def close(self) -> None:
@@ -56,7 +56,7 @@ class Connections:
         self._maps.clear()
 
     def connection(self, address: Address) -> Connection:
-        """Return the connection to an address, or make one where none can be used. The caller holds the lock."""
+        """Return the connection to an address, or make one if there is none to use. The caller holds the lock."""
         connection = self.table.get(address)
         if connection is not None and connection.link is Link.REFUSED:
             if self._io.now() - connection.last_seen <= self._settings.peer_timeout_s:
@@ -82,7 +82,7 @@ class Connections:
             self._io.add(connection.monitor, lambda monitor: self._disconnected(connection, monitor))
             self._io.add(dealer, lambda _: self.receive(connection))
             dealer.connect(endpoint(*connection.address))
-        except zmq.ZMQError as error:  # an address that cannot be, or too many open files
+        except zmq.ZMQError as error:  # an impossible address, or too many open files
             self.give_up(connection, f"the {connection.name} cannot be connected to: {error}")
             return
         connection.last_seen = self._io.now()
@@ -90,12 +90,14 @@ class Connections:
 
     def _disconnected(self, connection: Connection, monitor: zmq.Socket) -> None:
         recv_monitor_message(monitor, zmq.NOBLOCK)
-        self.receive(connection)  # the last words may be a Goodbye
+        self.receive(connection)  # a Goodbye may be waiting to be read
         if connection.monitor is monitor:
             self.broken(connection)
 
     def broken(self, connection: Connection) -> None:
-        """Connect again: for a while, or a few times if the prefill rank never answered. Rooms then go on."""
+        """Connect again so that rooms resume: for `peer_timeout_s`, or `MAX_UNANSWERED` times to a rank that never
+        answered.
+        """
         connection.unanswered += not connection.agent
         if connection.unanswered == MAX_UNANSWERED:
             self.give_up(
@@ -112,7 +114,7 @@ class Connections:
         self._hang_up(connection)  # the next tick dials anew, under another identity
         if first:
             self._log.warning("decode rank %d: the %s broke the connection", self._rank, connection.name)
-            self._tell_lost(connection)  # it may be back at another address
+            self._tell_lost(connection)  # the prefill rank may come back at another address
 
     def give_up(self, connection: Connection, reason: str, link: Link = Link.LOST) -> None:
         """End a connection and fail its rooms."""
@@ -215,7 +217,8 @@ class Connections:
     def _welcomed(self, connection: Connection, message: messages.Welcome) -> None:
         if connection.agent not in ("", message.agent):
             self._receiver.lost(connection, f"the {connection.name} restarted; the request can be retried")
-        # the agent knows nothing of requests from before it began; a slow answer makes it look younger
+        # The agent knows nothing of requests from before it began. A slow Welcome makes the agent look younger than it
+        # is, so a second is allowed for that.
         began = self._io.now() - message.age_ms / 1000 - WELCOME_DELAY_S
         connection.began = min(connection.began, began) if connection.agent == message.agent else began
         connection.limits = Limits(message.context_tokens, message.pool_tokens)
@@ -241,12 +244,12 @@ class Connections:
         self._receiver.registered(connection, resumed)
 
     def _map_all(self, connection: Connection, number: int, segments: tuple[messages.Segment, ...]) -> None:
-        """Map the segments of a list, which is whole but for the prefill rank's own, and say which can be read."""
+        """Map the listed segments and say which can be read. All earlier ones go, except the prefill rank's own."""
         own = connection.segments.get(connection.agent)
         connection.segments = {} if own is None else {connection.agent: own}
         for segment in segments:
             if segment.token not in self._maps:
-                near = segment.agent == connection.agent  # this rank reads much from it
+                near = segment.agent == connection.agent  # worth pinning: all chunks of that rank are read from there
                 self._maps[segment.token] = map_for(self._device if near else None, segment, self._log)
             view = self._maps[segment.token]
             if view is not None:
@@ -301,7 +304,8 @@ class Connections:
         try:
             connection.socket.send_multipart(parts, zmq.NOBLOCK)
         except zmq.Again:
-            # a connection that has just ended takes nothing either: its monitor says so next, and it is dialled anew
+            # A connection that has just ended takes nothing either. Its monitor reports the end next, and the
+            # connection is dialled anew.
             if connection.monitor is None or not connection.monitor.poll(0):
                 self.give_up(connection, f"the {connection.name} does not read; its queue is full")
 

@@ -1,7 +1,7 @@
 """The proof that a room's chunks are the whole request, each byte of it once.
 
-Prefill ranks decide for themselves how they cut and share a request, so that counting chunks says nothing about rows.
-A cell is one layer of one token of the request, in two parts: the common and the own columns (`cache_rows.parts`).
+A prefill rank decides how it cuts its share of a request into chunks, so a count of chunks proves nothing about rows.
+A cell is one token of the request in one layer. It has two parts: the common and the own columns (`cache_rows.parts`).
 """
 
 from collections.abc import Callable
@@ -15,12 +15,12 @@ NAMES = {1: "common columns", 2: "own columns", 3: "row"}
 
 
 class Coverage:
-    """The cells that chunks of one room have claimed. Any thread that holds the agent's lock may call.
+    """Tracks the cells that chunks of one room have claimed. Any thread that holds the agent's lock may call.
 
     Args:
-        layers: of the pool.
-        tokens: that the pages of the request hold.
-        items: how many items one part of a row has in a layer (by index); a part without any needs no chunk.
+        layers: number of layers in the pool.
+        tokens: number of tokens that the request's pages hold.
+        items: returns the number of items in one part of a layer's rows (by index); an empty part needs no chunk.
     """
 
     def __init__(self, layers: int, tokens: int, items: Callable[[int, Part], int]) -> None:
@@ -29,7 +29,7 @@ class Coverage:
         self._claimed = np.zeros((layers, tokens), dtype=np.uint8)
 
     def claim(self, layers: range, first_token: int, tokens: int, part: Part) -> str:
-        """Claim a chunk's cells, or return what is wrong and claim nothing, because another chunk had some of them."""
+        """Claim a chunk's cells. If another chunk has claimed some of them, claim nothing and return the error."""
         cells = self._claimed[layers.start : layers.stop, first_token : first_token + tokens]
         bits = BITS[part] & self._needed[layers.start : layers.stop]
         twice = cells & bits
@@ -42,7 +42,7 @@ class Coverage:
         return ""
 
     def missing(self, tokens: int) -> str:
-        """Return what keeps the chunks from being exactly the request's first ``tokens`` tokens, or nothing."""
+        """Return why the chunks are not exactly the request's first ``tokens`` tokens, or an empty string."""
         holes = (self._claimed[:, :tokens] & self._needed) != self._needed
         if holes.any():
             layer, token = np.argwhere(holes)[0]

@@ -1,4 +1,4 @@
-"""Credit: how many bytes each prefill rank may send. Staging is a number of bytes here; nothing waits, nothing is sent.
+"""Credit: how many bytes each prefill rank may send. This module only counts bytes of staging; it never waits or sends.
 
 Everything runs under the agent's lock.
 """
@@ -7,8 +7,8 @@ from collections import OrderedDict
 
 from sglang_tpla.transfer.decode.state import Room, Source
 
-# Of one room in flight, where staging has room for several such rooms: more are on their way while one is acknowledged,
-# and a chunk seldom fills the whole chunk's worth of credit that it was given.
+# Bounds of one room's window if staging is large enough for several such rooms. One chunk in flight is too few: others
+# should be on their way while one is acknowledged, and a chunk seldom fills the credit of a whole chunk that it got.
 MIN_WINDOW_CHUNKS, WINDOW_CHUNKS = 4, 8
 
 
@@ -17,7 +17,7 @@ class Credits:
 
     def __init__(self, limit_bytes: int, chunk_bytes: int) -> None:
         self.used_bytes = 0
-        self.waiters: OrderedDict[Source, Room] = OrderedDict()  # want more than granted, oldest first
+        self.waiters: OrderedDict[Source, Room] = OrderedDict()  # sources that want more credit, oldest first
         self._limit_bytes, self._chunk_bytes = limit_bytes, chunk_bytes
         few, most = MIN_WINDOW_CHUNKS * chunk_bytes, WINDOW_CHUNKS * chunk_bytes
         self._window_bytes = min(max(few, limit_bytes // 8), most, max(2 * chunk_bytes, limit_bytes // 4))
@@ -28,7 +28,7 @@ class Credits:
         self.waiters.setdefault(source, room)
 
     def covers(self, source: Source, size_bytes: int) -> bool:
-        """Return whether a prefill rank may send so many bytes more."""
+        """Return whether a prefill rank's credit covers ``size_bytes`` more."""
         return source.received_bytes + size_bytes <= source.granted_bytes
 
     def receive(self, source: Source, size_bytes: int) -> None:
@@ -62,12 +62,12 @@ class Credits:
         source.released_bytes = source.granted_bytes
 
     def grant(self) -> dict[Source, Room]:
-        """Hand out staging, oldest wish first, a whole chunk's worth at a time. Return the sources that got more."""
+        """Hand out staging, oldest wish first, a whole chunk's worth at a time. Return the sources that got some."""
         granted: dict[Source, Room] = {}
         for source, room in list(self.waiters.items()):
             missing = source.wanted_bytes - source.granted_bytes
             if missing > 0 and 2 * source.outstanding_bytes > self._window_bytes:
-                continue  # several chunks' worth at once, later: each message has a price
+                continue  # each message has a price: wait until several chunks' worth can go in one
             while (missing := source.wanted_bytes - source.granted_bytes) > 0:
                 quantum = min(self._chunk_bytes, missing)
                 if source.outstanding_bytes + quantum > self._window_bytes:
@@ -80,5 +80,5 @@ class Credits:
             if missing <= 0:
                 del self.waiters[source]
             elif self.used_bytes + min(self._chunk_bytes, missing) > self._limit_bytes:
-                break  # the oldest waits for the next bytes that come free
+                break  # the oldest gets the next bytes that come free
         return granted

@@ -16,8 +16,8 @@ from sglang_tpla.transfer.network.data_channel import BufferPool, ChannelError, 
 from sglang_tpla.transfer.network.sealing import Seal
 from sglang_tpla.transfer.workers import Workers
 
-DATA_TURN_BYTES = 64 << 20  # one data channel is read so far before others have a turn
-DIALS = 3  # without an answer, before rooms that want the channel fail
+DATA_TURN_BYTES = 64 << 20  # the limit on bytes read from one data channel before the others have a turn
+DIALS = 3  # the dials that may go unanswered before the rooms that want the channel fail
 
 
 class Control(Protocol):
@@ -33,8 +33,8 @@ class DataChannels:
     """The data channels of all connections. Everything runs on the I/O thread.
 
     Args:
-        encrypted: without a key no channel is dialled.
-        buffers: where staging comes from.
+        encrypted: True if a channel that is offered without a key must not be dialled.
+        buffers: the source of staging memory.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class DataChannels:
         error = stream.connect_ex((host, data.port))
         self._io.add_stream(stream, lambda: self._receive(connection, reader))
         if error not in (0, errno.EINPROGRESS):
-            # a Welcome is being read: the rest has to wait
+            # posted and not called, because the Welcome that offered the channel is still being handled
             self._io.post(self._lose, connection, reader, ChannelError(os.strerror(error)))
             return
         self._io.watch(stream, writable=True)
@@ -99,10 +99,10 @@ class DataChannels:
     def _announced(
         self, connection: Connection, header: memoryview, size_bytes: int
     ) -> tuple[messages.Chunk, InPlaceChunk | None]:
-        """Read a header on a data channel; return the chunk, and the place of its payload unless that is staging.
+        """Decode a header from a data channel. Return the chunk and its payload's place in the pool (None: staging).
 
         Raises:
-            FrameError: anything but a sound Chunk.
+            FrameError: the header is anything but a sound Chunk.
         """
         message = messages.decode(header, True)
         if not isinstance(message, messages.Chunk):
@@ -112,7 +112,7 @@ class DataChannels:
     def _lose(self, connection: Connection, reader: ChunkReader, error: Exception) -> None:
         """Handle the end of a channel, or a channel that could not be opened."""
         if connection.reader is reader:
-            self._control.receive(connection)  # the last words may be a Goodbye
+            self._control.receive(connection)  # a Goodbye may be waiting to be read
         if connection.reader is not reader:
             return
         now = self._io.now()
@@ -121,14 +121,14 @@ class DataChannels:
         text = "decode rank %d: no data channel to the %s: %s"
         self._workers.log.warning(text, self._workers.rank, connection.name, error)
         if stood and now - connection.dialled > self._patience_s:
-            # earlier failures are another matter
+            # the channel was stable for a while, so the failures before it do not count
             connection.without_channel, connection.starved_since = (now, None)
         connection.channel_error = str(error)
         self.seek(connection, stood)
 
     def seek(self, connection: Connection, lost: bool = False) -> None:
-        """Connect again if a channel is wanted and there is none, or if chunks may have been lost with one. The rooms
-        that want a channel fail once none has brought a chunk for some time.
+        """Connect again if a channel is wanted and there is none, or if chunks may have been lost with one. Fail the
+        rooms that have waited for rows for `peer_timeout_s` without a channel that brought a chunk.
         """
         if connection.reader is not None:
             return
@@ -157,7 +157,7 @@ class DataChannels:
             )
 
     def expire(self, connection: Connection, now: float) -> None:
-        """Give up a dial that nobody answers; a firewall that drops it says nothing."""
+        """Give up a dial that nobody answers, because a firewall that drops packets reports no error."""
         reader, patience = connection.reader, self._patience_s / DIALS
         if reader is not None and not reader.greeted and now - connection.dialled > patience:
             self._lose(connection, reader, ChannelError(f"no answer for {patience:g} s"))

@@ -1,7 +1,7 @@
 """In-place receive: a chunk goes from the socket straight to its place in the pool.
 
-Nothing late is written, as with staging: each call writes at most `PIECE_BYTES`, while the room's `WriteGate` allows
-it, and the bytes of a room that has ended go to memory that nobody reads.
+As with staging, no byte is written after the room's end: each call writes at most `PIECE_BYTES` while the room's
+`WriteGate` allows it, and the bytes for a room that has ended go to memory that nobody reads.
 """
 
 import socket
@@ -19,11 +19,11 @@ _nowhere = memoryview(bytearray(1 << 20))
 
 
 class InPlaceChunk:
-    """A chunk whose bytes go to their places in the pool. The I/O thread receives it; any thread takes its digest.
+    """A chunk that is received into its place in the pool. The I/O thread receives it; any thread may take its digest.
 
     Args:
         pieces: the places, in the payload's order.
-        aside: its checksum is taken by `digest`, of what lies in the pool then, and not on the way.
+        aside: True if `digest` computes the checksum from the pool afterwards, and `receive` does not.
     """
 
     def __init__(self, room: Room, source: Source, chunk: messages.Chunk, pieces: IoVec, aside: bool) -> None:
@@ -35,14 +35,14 @@ class InPlaceChunk:
         self._whole = True
 
     def open_with(self, context: AEADDecryptionContext) -> None:
-        """Open the sealed payload in its places in the pool; its tag is its check then."""
+        """Decrypt the payload into its place in the pool; the tag then replaces the checksum."""
         self._intake, self.aside = SealedIntake(self._pieces, context), False
 
     def receive(self, stream: socket.socket) -> int:
-        """Take some of the payload from a socket that does not block; return the bytes, 0 at the end of the stream.
+        """Take some of the payload from a non-blocking socket. Return how many bytes, 0 at the end of the stream.
 
         Raises:
-            BlockingIOError: there is nothing now.
+            BlockingIOError: the socket has nothing now.
             OSError: the connection is gone.
         """
         with self.room.writes.one() as allowed:

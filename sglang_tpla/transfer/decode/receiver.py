@@ -1,10 +1,10 @@
-"""The way of chunks into the pool. Connections hand over events on the I/O thread; worker threads write staged chunks
-into the pool (`Receiver._write`) and check them. Other chunks come straight to their places (`in_place`).
+"""The path of chunks into the pool. Connections hand over events on the I/O thread; worker threads write staged chunks
+into the pool (`Receiver._write`) and check them. Other chunks are received in place (`in_place`).
 
 A chunk is written only while its room's `WriteGate` allows it, once, and acknowledged after that; the metadata row is
-written after the last chunk, and only then does the room succeed. What is checked is what was written: a damaged
-chunk does not count and is written over when it comes again, and one in shared memory whose place was used anew
-meanwhile fails the check.
+written after the last chunk, and only then does the room succeed. The checksum is taken of the bytes that were written:
+a damaged chunk does not count and is overwritten when it comes again, and a chunk whose place in shared memory was
+reused meanwhile fails the check.
 """
 
 from collections import deque
@@ -36,8 +36,8 @@ class Receiver:
     and any thread may call `fail` and `turn`.
 
     Args:
-        slots: of this rank's shared segment, where payloads are kept for the colocated ranks; None without one.
-        buffers: where staging came from, and goes back to.
+        slots: places in this rank's shared segment, to keep payloads for the colocated ranks; None without a segment.
+        buffers: the pool that takes staging memory back.
         put: queues a message for a prefill rank.
     """
 
@@ -80,12 +80,12 @@ class Receiver:
     # Events (I/O thread)
 
     def registered(self, connection: Connection, resumed: bool) -> None:
-        """Have the rooms of a connection ask, or go on where they were if it is ``resumed``."""
+        """Let the rooms of a registered connection ask for rows, or resume them if the connection was broken."""
         with self.turn() as now:
             self._rooms.registered(connection, resumed, now)
 
     def lost(self, connection: Connection, reason: str) -> None:
-        """Fail the rooms of a connection that is gone for good, or whose process is."""
+        """Fail the rooms of a connection that is gone for good, or whose prefill process has ended."""
         with self._lock:
             rooms = self._rooms.of(connection)
         for room in rooms:
@@ -94,12 +94,12 @@ class Receiver:
             self._rooms.forget(connection)
 
     def uses(self, connection: Connection) -> bool:
-        """Return whether messages lost with a connection will be missed."""
+        """Return whether a room or a colocated rank would miss the messages that are lost with a connection."""
         with self._lock:
             return self._rooms.uses(connection)
 
     def starved(self, connection: Connection) -> list[Room]:
-        """Return the rooms that want rows that have not come over a connection."""
+        """Return the rooms that wait for rows from a connection."""
         with self._lock:
             return self._rooms.starved(connection)
 
@@ -162,8 +162,8 @@ class Receiver:
         self.fail(room, f"{source.connection.name} sent chunk {chunk.sequence} {wrong}")
 
     def place(self, connection: Connection, chunk: messages.Chunk, size_bytes: int) -> InPlaceChunk | None:
-        """Return the place in the pool of a chunk that begins to come, or None for staging: something is wrong with the
-        chunk, it came before, or the colocated ranks need its payload.
+        """Return the place in the pool of an arriving chunk, or None to receive it into staging: the chunk is wrong, it
+        came before, the colocated ranks need its payload, or `RowWriter.pieces` has no place for it.
         """
         with self._lock:
             found = self._rooms.live(connection, chunk.room, chunk.generation)
@@ -179,11 +179,11 @@ class Receiver:
             if pieces is None:
                 return None
             self._rooms.begin(source, chunk, size_bytes)
-            more = source.received_bytes < source.wanted_bytes  # the last one would only wait for its check
+            more = source.received_bytes < source.wanted_bytes  # a check of the last chunk overlaps with no receive
             return InPlaceChunk(room, source, chunk, pieces, more and self._workers.checks_aside)
 
     def received(self, chunk: InPlaceChunk) -> None:
-        """Account for a chunk that has come whole to its place, and check it or have it checked."""
+        """Account for a chunk that was received whole in place. Check it here, or leave that to a worker."""
         with self._work:
             if not chunk.room.state.ended:
                 self._rooms.came(chunk.room, chunk.size_bytes, self._io.now())
@@ -217,7 +217,7 @@ class Receiver:
             self.fail(room, f"internal error {doing}: {error!r}")
 
     def _write(self, chunk: StagedChunk | InPlaceChunk) -> None:
-        """Write a staged chunk into the pool and check it, unless its room has ended; in place, it is only checked."""
+        """Write a staged chunk into the pool and check it, unless its room has ended; only check an in-place one."""
         with self._failing(chunk.room):
             if isinstance(chunk, InPlaceChunk):
                 self._written(chunk, chunk.digest())
@@ -240,7 +240,7 @@ class Receiver:
             self._written(chunk, check_pieces(one_piece(np.frombuffer(chunk.payload, dtype=np.uint8))))
 
     def _written(self, chunk: StagedChunk | InPlaceChunk, digest: bytes | None) -> None:
-        """Account for a written chunk with its checksum; with None, its room had ended."""
+        """Account for a written chunk; ``digest`` is the checksum of the written bytes, None if the room had ended."""
         room, source, rows = chunk.room, chunk.source, chunk.chunk
         relayed = digest == rows.checksum and isinstance(rows, messages.Chunk) and rows.relay
         retained = self._retain(chunk) if relayed and isinstance(chunk, StagedChunk) else None
@@ -266,7 +266,7 @@ class Receiver:
         return RetainedChunk(chunk.room, chunk.source.connection, slot, size, self._io.now())
 
     def _complete(self, room: Room) -> None:
-        """Write the metadata row and succeed, once every source is complete and the chunks are the request."""
+        """Write the metadata row and end the room with success, if every source is complete; check coverage first."""
         with self._failing(room):
             with self._lock:
                 if room.state.ended or not all(source.complete for source in room.sources.values()):

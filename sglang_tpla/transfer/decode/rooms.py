@@ -24,10 +24,11 @@ class Rooms:
     """The rooms that the scheduler has opened and not closed. Any thread that holds the agent's lock may call.
 
     Args:
-        pool: what chunks are for, and `metadata_bytes`, of a metadata row: what they must fit.
-        generation: the last one that was used; it grows over restarts too.
+        pool: the pool that chunks must fit.
+        metadata_bytes: the size that a metadata row must have.
+        generation: the last generation in use; a restarted agent must begin with a higher one.
         free_slots: called when places of the shared segment are no longer in use.
-        ended: told of every room that has, for the log.
+        ended: called with each room that has ended, for the log.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Rooms:
         self.advance(room, now)
 
     def advance(self, room: Room, now: float) -> None:
-        """Move a room on as far as its connections and its request allow."""
+        """Advance a room as far as its connections and its request allow."""
         if room.state.ended:
             return
         real = [source for source in room.sources.values() if not source.dummy]
@@ -76,7 +77,7 @@ class Rooms:
                 self.fail(room, connection.lost_reason, now)
                 return
             if linked and not source.asked and room.born < connection.began:
-                # the other half of the request went to an earlier process, or to none: nobody would answer
+                # the other half of the request went to an earlier process or to none, so nobody would answer
                 why = f"the {connection.name} started after this request came; the request can be retried"
                 self.fail(room, why, now)
                 return
@@ -96,7 +97,7 @@ class Rooms:
 
     def _ask(self, room: Room, source: Source, real: list[Source], now: float) -> None:
         source.asked = True
-        if source.dummy:  # the room does not wait for it, and may have ended when the connection is back
+        if source.dummy:  # the room does not wait for a dummy and may have ended before a broken connection is back
             self.finishing.append(room)
             self._say(source.connection, _request_of(room, source), now)
             return
@@ -109,7 +110,7 @@ class Rooms:
     # Events of connections
 
     def registered(self, connection: Connection, resumed: bool, now: float) -> None:
-        """Move on the rooms of a connection that stands, for the first time or again."""
+        """Advance the rooms of a connection that has registered, for the first time or again."""
         if resumed:
             self._resume(connection, now)
         for room in list(self.table.values()):
@@ -120,7 +121,7 @@ class Rooms:
         """Resume the rooms of a connection that was broken."""
         self._counts["resumed"] += 1
         for message, when in connection.said:
-            if now - when < 2 * self._settings.peer_timeout_s:  # it may have been lost
+            if now - when < 2 * self._settings.peer_timeout_s:  # the message may have been lost
                 self._put(connection, message)
         self.release(connection)
         for room in self.table.values():
@@ -136,7 +137,7 @@ class Rooms:
         self.grant()
 
     def forget(self, connection: Connection) -> None:
-        """Drop what was retained and said for a connection that is gone for good, once its rooms have failed."""
+        """Drop the retained chunks and unconfirmed messages of a connection that is gone for good, after its rooms."""
         connection.said.clear()
         self.release(connection)
 
@@ -150,7 +151,7 @@ class Rooms:
         ]
 
     def starved(self, connection: Connection) -> list[Room]:
-        """Return the rooms that want rows that have not come over a connection."""
+        """Return the rooms that wait for rows from a connection."""
         return [
             room
             for room in self.of(connection)
@@ -176,7 +177,7 @@ class Rooms:
     # Events of chunks
 
     def wrong_chunk(self, room: Room, source: Source, chunk: AnyChunk, size_bytes: int, credit_bytes: int) -> str:
-        """Return what is wrong with a chunk. If nothing is, the chunk owns its rows from now on."""
+        """Return the error in a chunk. If there is none, claim the chunk's rows and return an empty string."""
         layers = layers_of(chunk)
         if source.dummy or room.coverage is None:
             return "that was not asked for"
@@ -206,7 +207,7 @@ class Rooms:
         return wrong
 
     def begin(self, source: Source, chunk: AnyChunk, credit_bytes: int) -> None:
-        """Note a chunk that comes, or has come, and is not in its place yet."""
+        """Note a chunk that is arriving or has come, and is not in the pool yet. Use its credit up."""
         source.pending.add(chunk_id(chunk))
         self._credits.receive(source, credit_bytes)
 
@@ -243,9 +244,9 @@ class Rooms:
         digest: bytes | None,
         retained: RetainedChunk | None,
     ) -> bool:
-        """Acknowledge a written chunk, or ask again for a damaged one, and free its credit; True if it is sound.
+        """Acknowledge a written chunk, or ask again for a damaged one, and free its credit. Return False if damaged.
 
-        ``digest`` is that of the written payload, None if the room had ended.
+        ``digest`` is the checksum of the written payload, or None if the room had ended.
         """
         sound, key = digest == chunk.checksum, chunk_id(chunk)
         source.pending.discard(key)
@@ -272,7 +273,7 @@ class Rooms:
         return digest is None or sound
 
     def finish(self, room: Room, source: Source, message: messages.Finish, metadata: bytes, now: float) -> str:
-        """Take a prefill rank's number of chunks and its metadata row. Return what is wrong with them."""
+        """Accept a prefill rank's number of chunks and its metadata row. Return the error in them, or nothing."""
         page_size = self._pool.page_size
         pages = -(-message.tokens // page_size)
         told = [other for other in room.sources.values() if other.chunks is not None and other.tokens != message.tokens]
@@ -324,7 +325,7 @@ class Rooms:
     # Ends
 
     def succeed(self, room: Room, now: float) -> None:
-        """End a room whose rows and metadata row are in their places."""
+        """End a room whose rows and metadata row have been written."""
         for source in room.sources.values():
             if not source.dummy:
                 self._say(source.connection, messages.Done(room.room_id, room.generation), now)
@@ -376,7 +377,7 @@ class Rooms:
     def _say(
         self, connection: Connection, message: messages.Request | messages.Done | messages.Abort, now: float
     ) -> None:
-        """Send a message that no answer confirms, and once more when the connection is back if it breaks soon."""
+        """Send a message that no answer confirms. `_resume` repeats it if the connection breaks soon."""
         connection.said.append((message, now))
         self._put(connection, message)
 
@@ -385,7 +386,7 @@ class Rooms:
 
 
 def nack(chunk: AnyChunk) -> messages.Nack:
-    """Ask for a chunk again."""
+    """Return the message that asks for a chunk again."""
     return messages.Nack(chunk.room, chunk.generation, *chunk_id(chunk))
 
 
@@ -396,7 +397,7 @@ def _request_of(room: Room, source: Source) -> messages.Request:
 
 
 def _bitmap(source: Source, part: int) -> bytes:
-    """Return the applied chunks of a part, a bit each."""
+    """Return the applied chunks of a part as a bitmap."""
     sequences = [sequence for other, sequence in source.applied if other == part]
     bits = bytearray(max(sequences) // 8 + 1)
     for sequence in sequences:

@@ -1,6 +1,6 @@
-"""What a decode agent remembers: connections, rooms, and for each (room, prefill rank) a source of numbered chunks.
+"""The state of a decode agent: connections, rooms, and for each (room, prefill rank) a source of numbered chunks.
 
-Any part of the agent may read an attribute, under the agent's lock; the one module that writes it is named beside it.
+Any part of the agent may read an attribute, under the agent's lock; a comment names the one module that writes it.
 """
 
 import enum
@@ -36,7 +36,7 @@ class Link(enum.Enum):
 
 @dataclass(eq=False)
 class Connection:
-    """One DEALER socket to one prefill rank, with an identity of its own, and its data channel."""
+    """One DEALER socket to one prefill rank, with a random identity, and its data channel."""
 
     # connections.py writes these, on the I/O thread
     address: Address
@@ -47,26 +47,26 @@ class Connection:
     link: Link = Link.CONNECTING
     lost_reason: str = ""
     agent: str = ""
-    began: float = 0.0  # when the prefill agent did, by this process's clock
+    began: float = 0.0  # when the prefill agent started, by this process's clock
     limits: Limits = NO_LIMITS  # of the prefill rank
     layers: tuple[int, int] = (0, 0)  # first layer and number of layers that the prefill rank holds
-    unanswered: int = 0  # times that it broke before the prefill rank had ever answered
+    unanswered: int = 0  # times that the connection broke before the prefill rank had ever answered
     broken_since: float | None = None  # monotonic; None while the connection holds
-    # by agent: its own and the colocated ranks'
+    # mapped segments by agent: the prefill rank's and the colocated ranks'
     segments: dict[str, memoryview] = field(default_factory=dict)
     last_ping: float = 0.0
     pings: int = 0
     # data_channels.py, on the I/O thread
-    reader: Any = None  # the data channel's, while there is one
+    reader: Any = None  # the data channel's `ChunkReader`, while there is a channel
     data_port: int = 0  # of the data channel that was offered last
     dialled: float = 0.0  # when the data channel was dialled
     last_chunk: float = 0.0  # when a chunk last came
-    without_channel: float | None = None  # since when none has lasted until a chunk had come on it
+    without_channel: float | None = None  # since when no channel has lasted until a whole chunk came
     starved_since: float | None = None  # since when a room has wanted rows that no channel brought
     channel_error: str = ""  # why the last data channel ended
     # rooms.py, under the lock
     told_at: float = 0.0  # when the prefill rank was last told which rooms wait here
-    # messages that no answer confirms, and when they were sent: they are sent again when the connection is back
+    # messages that no answer confirms, with the times they were sent, to be repeated when the connection is back
     said: deque[tuple[messages.Message, float]] = field(default_factory=lambda: deque(maxlen=1024))
 
     @property
@@ -82,12 +82,12 @@ class Source:
     connection: Connection
     dummy: bool
     asked: bool = False
-    share: tuple[int, int] = (0, 1)  # which of the prefill ranks with the same layers it is, and of how many
+    share: tuple[int, int] = (0, 1)  # this rank's index among the prefill ranks with the same layers, and their number
     pending: set[ChunkId] = field(default_factory=set)
     applied: set[ChunkId] = field(default_factory=set)
-    # layers and tokens of chunks
+    # first layer, layers, first token and tokens of each chunk
     claims: dict[ChunkId, tuple[int, int, int, int]] = field(default_factory=dict)
-    chunks: int | None = None  # in all, once the prefill rank has said so
+    chunks: int | None = None  # the total, once the prefill rank has announced it
     tokens: int = 0
     metadata: bytes = b""
     # credits.py
@@ -98,12 +98,14 @@ class Source:
 
     @property
     def outstanding_bytes(self) -> int:
-        """Credit that staging must be kept free for, and chunks in it."""
+        """The bytes of staging that are kept free for granted credit or hold a chunk."""
         return self.granted_bytes - self.released_bytes
 
     @property
     def complete(self) -> bool:
-        """True when every announced chunk is in the pool, and no other chunk has begun to come; a dummy was asked."""
+        """True when every announced chunk is in the pool and no other has begun to come. A dummy is complete once it
+        was asked or is gone.
+        """
         if self.dummy:
             return self.asked or self.connection.link in (Link.LOST, Link.REFUSED)
         return self.chunks is not None and len(self.applied) == len(self.claims) == self.chunks
@@ -116,15 +118,15 @@ class Room:
     room_id: int
     generation: int
     sources: dict[Address, Source]
-    born: float  # when its request came
+    born: float  # when the request came
     prompt_tokens: int  # of the whole request; 0: not known
-    progress: float  # when rows were asked for, or a chunk last came that was not there
+    progress: float  # when rows were asked for, or a new chunk or a first Finish last came
     state: RoomState = RoomState.BOOTSTRAPPING
     reason: str = ""
     slots: Slots = field(default_factory=lambda: Slots(np.empty(0, dtype=np.int64)))
     metadata_row: int = -1
-    request: messages.Request | None = None  # to each prefill rank, but for its share
-    coverage: Coverage | None = None  # from the request on
+    request: messages.Request | None = None  # for every prefill rank, before its `dummy` and share are filled in
+    coverage: Coverage | None = None  # None before the request
     requested: float | None = None
     ended: float | None = None
     wire_bytes: int = 0
@@ -141,7 +143,7 @@ class StagedChunk:
     source: Source
     chunk: AnyChunk
     payload: memoryview
-    credit_bytes: int  # of staging that it holds; none in shared memory
+    credit_bytes: int  # the staging that the chunk holds; 0 in shared memory
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ class WriteGate:
 
     @contextmanager
     def one(self, *, last: bool = False) -> Iterator[bool]:
-        """Admit one write: yields False where none is allowed any more. No write follows the ``last`` one."""
+        """Admit one write, or yield False if no more writes are allowed. No write follows the ``last`` one."""
         with self._changed:
             allowed = not self._ended
             self._ended = self._ended or last

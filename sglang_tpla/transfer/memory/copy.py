@@ -1,6 +1,6 @@
-"""Copy, check, send and read payloads in pieces (`iovec.IoVec`): in C where `native` is compiled, else in Python.
+"""Copy, check, send and receive payloads in pieces (`iovec.IoVec`): in C if `native` is compiled, else in Python.
 
-An object here belongs to one payload, and to the one thread at a time that moves or checks it.
+An object of this module serves one payload, and only one thread uses it at a time.
 """
 
 import ctypes
@@ -13,12 +13,12 @@ import xxhash
 from sglang_tpla.transfer.memory import native
 from sglang_tpla.transfer.memory.iovec import Cursor, IoVec
 
-MIN_NATIVE_BYTES = 241  # of a payload: XXH3 has other formulas for shorter ones
-END = np.zeros((1, 2), dtype=np.uint64)  # of a list of pieces
-MAX_PIECES = 1024  # of one call: IOV_MAX
-WAY_FIELDS = 4  # of native.c's Way: how far a payload has moved
+MIN_NATIVE_BYTES = 241  # native.c lacks XXH3's other formulas for shorter payloads
+END = np.zeros((1, 2), dtype=np.uint64)  # the entry that ends a list of pieces
+MAX_PIECES = 1024  # the limit of one system call: IOV_MAX
+WAY_FIELDS = 4  # fields of native.c's Way, which records how far a payload has moved
 UNCHECKED = b"unchecked"
-SEND_BYTES, SEND_PIECES = 1 << 20, 64  # of one call
+SEND_BYTES, SEND_PIECES = 1 << 20, 64  # limits of one system call
 
 
 class Checksum:
@@ -55,7 +55,7 @@ def check_pieces(pieces: IoVec) -> bytes:
 
 
 def copy_pieces(source: IoVec, target: IoVec) -> bytes:
-    """Copy a payload to as many bytes of other pieces. Return the checksum of what was copied."""
+    """Copy a payload into other pieces of the same total size. Return the checksum of the copied bytes."""
     library = _library(source.size_bytes)
     if library is not None:
         checksum = Checksum(library, source.size_bytes)
@@ -76,17 +76,17 @@ def copy_pieces(source: IoVec, target: IoVec) -> bytes:
 
 
 class SocketCopy:
-    """A payload on its way from a socket to its pieces (`receive`), or from them into a socket (`send`).
+    """Moves a payload from a socket into its pieces (`receive`), or from the pieces into a socket (`send`).
 
-    Its checksum is taken on the way, in both directions.
+    The checksum is computed on the way, in both directions.
 
     Args:
-        digest: of the payload, where it is known already; `UNCHECKED` where nobody asks for it.
+        digest: the payload's checksum if it is known already, `UNCHECKED` if it is not needed, or empty to compute it.
     """
 
     def __init__(self, pieces: IoVec, digest: bytes = b"") -> None:
         self.left_bytes = pieces.size_bytes
-        self._pieces, self._digest = pieces, digest  # the pieces keep the memory
+        self._pieces, self._digest = pieces, digest  # the pieces keep the memory alive
         self._library = _library(pieces.size_bytes)
         self._checksum: Checksum | None = None
         if self._library is not None:
@@ -104,7 +104,7 @@ class SocketCopy:
         return self._checksum.digest() if self._checksum is not None else self._running.digest()
 
     def _advance(self, size_bytes: int) -> None:
-        """Note that so many of the next bytes have moved (Python)."""
+        """Advance by the bytes that have moved, and add them to the checksum, without C."""
         left = size_bytes
         for view in self._cursor.ahead(size_bytes, MAX_PIECES) if size_bytes and not self._digest else ():
             self._running.update(view[:left])
@@ -112,11 +112,11 @@ class SocketCopy:
         self._cursor.advance(size_bytes)
 
     def receive(self, stream: socket.socket, limit_bytes: int) -> int:
-        """Take what a socket that does not block has, some ``limit_bytes`` at most. Return the bytes, 0 at the end of
+        """Take the bytes that a non-blocking socket has, up to about ``limit_bytes``. Return how many, 0 at the end of
         the stream.
 
         Raises:
-            BlockingIOError: there is nothing now.
+            BlockingIOError: the socket has nothing now.
             OSError: the connection is gone.
         """
         if self._library is None:
@@ -130,10 +130,10 @@ class SocketCopy:
         return size
 
     def send(self, stream: socket.socket) -> int:
-        """Send what a socket takes now. Return the bytes.
+        """Send as much as a socket takes now. Return how many bytes.
 
         Raises:
-            BlockingIOError: it takes nothing.
+            BlockingIOError: the socket takes nothing now.
             OSError: the connection is gone.
         """
         if self._library is None:
@@ -148,4 +148,4 @@ class SocketCopy:
 
 
 def _error(code: int) -> OSError:
-    return OSError(code, os.strerror(code))  # BlockingIOError where the code says so
+    return OSError(code, os.strerror(code))  # Python makes this a BlockingIOError for EAGAIN

@@ -1,9 +1,9 @@
-"""Moving rows between a pool on a GPU and a packed payload in memory of the host.
+"""Moving rows between a pool on a GPU and a packed payload in host memory.
 
-Kernels and copies run on streams of their own, ordered after the engine's by an event; several threads may call at a
-time. A reading call returns when its work is queued, and another one waits for it: a prompt's kernels leave a
-multiprocessor free now and then, and chunks wait for that moment together, one on each stream. A writing call returns
-when the device is done.
+Kernels and copies run on separate streams, ordered after the engine's by an event; several threads may call at a time.
+A read returns when its work is queued, and gives the caller a function that waits for it: a prompt's kernels leave a
+multiprocessor free only now and then, and several chunks, one on each stream, wait for that moment together. A write
+returns when the device is done.
 """
 
 import ctypes
@@ -26,17 +26,17 @@ from sglang_tpla.transfer.memory.layer_table import LayerTable
 from sglang_tpla.transfer.memory.part_of_rows import make_part
 from sglang_tpla.transfer.memory.pool import CachePool
 
-STREAMS = 3  # that chunks are read on; each keeps the memory of its largest projection, some 70 MB
+STREAMS = 3  # streams that chunks are read on; each keeps the memory of its largest projection, some 70 MB
 
 
 def _on_device(slots: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copy slots to the device from pinned memory: a copy from other memory would wait for all that was queued."""
+    """Copy slots to the device from pinned memory, because a copy from other memory would wait for all queued work."""
     return torch.from_numpy(slots).pin_memory().to(device, non_blocking=True)
 
 
 def _only_read(data: np.ndarray) -> torch.Tensor:
-    """View ``data``, which the caller keeps alive, as a uint8 tensor ``[n]``, which nobody may write: torch has no such
-    tensors, and warns of such arrays.
+    """View ``data``, which the caller keeps alive, as a uint8 tensor ``[n]`` that nobody may write. Torch has no
+    read-only tensors, and warns about read-only arrays.
     """
     return torch.frombuffer((ctypes.c_uint8 * data.size).from_address(data.ctypes.data), dtype=torch.uint8)
 
@@ -47,18 +47,18 @@ class DeviceReader:
     def __init__(self, pool: CachePool) -> None:
         self.pool = pool
         self._make = partial(make_part, row_kernels, LayerTable(pool.layers), pool.latent_dim)
-        # a chunk's few small kernels go before the next prompt's large ones
+        # high priority, so that a chunk's few small kernels run before the next prompt's large ones
         streams = [torch.cuda.Stream(pool.device, priority=-1) for _ in range(STREAMS)]
         self._streams = itertools.cycle(streams)
 
     def now(self) -> Any:
-        """Return an event behind the work that this thread has queued."""
+        """Return an event that follows the work that this thread has queued."""
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.pool.device))
         return event
 
     def prepare(self, row_format: RowFormat, stacks: Sequence[torch.Tensor] | None) -> None:
-        """Have the kernels compiled that chunks of these rows take, so that the first request need not wait."""
+        """Compile the kernels for chunks of these rows, so that the first request need not wait for that."""
         with torch.cuda.stream(next(self._streams)):
             for tokens, part in itertools.product((1, row_kernels.FEW_TOKENS + 1), Part):
                 slots = torch.zeros(tokens, dtype=torch.int64, device=self.pool.device)
@@ -76,10 +76,10 @@ class DeviceReader:
         row_format: RowFormat,
         ready: tuple[Any, ...],
     ) -> Callable[[], bool]:
-        """Queue what fills pinned ``out`` (`rows.RowReader.read`).
+        """Queue the work that fills pinned ``out`` (`rows.RowReader.read`).
 
         Returns:
-            What waits until it is filled, and returns whether all values were finite that have to be.
+            A function that waits until ``out`` is filled, and returns False if a value is not finite that must be.
         """
         stream = next(self._streams)
         target = torch.from_numpy(out).view(row_format.item_dtype(self.pool.dtype))
@@ -88,7 +88,7 @@ class DeviceReader:
                 stream.wait_event(event)
             packed = torch.empty(target.numel(), dtype=target.dtype, device=self.pool.device)
             wrong = self._make(layers, _on_device(slots, self.pool.device), stacks, part, packed, row_format)
-            # to the host on this stream: the thread's own waits for whoever else uses it
+            # copied on this stream, because the thread's current stream also waits for other users' work
             found = None if wrong is None else wrong.to("cpu", non_blocking=True)
             target.copy_(packed, non_blocking=True)
             done = torch.cuda.Event(blocking=True)
@@ -102,18 +102,18 @@ class DeviceReader:
 
 
 class DeviceWriter:
-    """Puts payloads into a decode pool."""
+    """Writes payloads into a decode pool."""
 
     def __init__(self, pool: CachePool) -> None:
         self.pool = pool
         self._table = LayerTable(pool.layers)
-        # a thread's: ``stream``, and ``pinned``, which grows to its largest payload
+        # each thread has a ``stream``, and ``pinned`` memory that grows to its largest payload
         self._own = threading.local()
         self._prepare()
 
     def _stream(self) -> torch.cuda.Stream:
-        """Return this thread's own stream. Its few small kernels go before those of a decode step, behind whose whole
-        graph they would wait otherwise.
+        """Return this thread's own stream, of high priority: its few small kernels run before those of a decode step,
+        and would otherwise wait for the step's whole graph.
         """
         if getattr(self._own, "stream", None) is None:
             self._own.stream = torch.cuda.Stream(self.pool.device, priority=-1)
@@ -121,7 +121,7 @@ class DeviceWriter:
         return stream
 
     def _prepare(self) -> None:
-        """Have the kernels compiled, on rows that are nobody's."""
+        """Compile the kernels, on temporary rows."""
         with torch.cuda.stream(self._stream()):
             slots = torch.zeros(1, dtype=torch.int64, device=self.pool.device)
             for rows, part in itertools.product(set(self.pool.row_format.layers), Part):
@@ -132,8 +132,8 @@ class DeviceWriter:
         self._stream().synchronize()
 
     def write(self, layers: range, slots: np.ndarray, part: Part, data: np.ndarray) -> bytes:
-        """Write a payload (`rows.RowWriter.write`). Return the checksum of what was written, or nothing if that was
-        not taken on the way.
+        """Write a payload (`rows.RowWriter.write`). Return the checksum of the written bytes, or nothing if that was
+        not computed on the way.
         """
         host, digest = _only_read(data), b""
         if not host.is_pinned():
@@ -152,13 +152,13 @@ class DeviceWriter:
                 start += size
             done = torch.cuda.Event(blocking=True)
             done.record(self._stream())
-        done.synchronize()  # what another process may write over is checked when it has been read, not before
+        done.synchronize()  # the check must follow the read, because another process may overwrite shared memory
         return digest
 
     def _pinned(self, size_bytes: int) -> torch.Tensor:
-        """Return memory that the device can read by itself; it is good until this thread's next payload."""
+        """Return pinned memory, which is valid until this thread's next payload."""
         pinned: torch.Tensor | None = getattr(self._own, "pinned", None)
         if pinned is None or pinned.numel() < size_bytes:
-            with torch.cuda.device(self.pool.device):  # a thread's own is GPU 0, and pinning would wake that one
+            with torch.cuda.device(self.pool.device):  # a thread starts on GPU 0, and pinning would wake that GPU
                 pinned = self._own.pinned = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
         return pinned[:size_bytes]

@@ -1,8 +1,8 @@
-"""Extents of rows that lie side by side in a pool: what is copied, hashed, sent and received as one piece.
+"""Extents of rows that lie side by side in a pool, to be copied, hashed, sent and received as one piece.
 
 A request's rows lie in pages, and the tokens of one page (often those of several) follow each other in every layer.
-A payload is then a few long pieces of the pool's own memory. Where slots are scattered one by one, moving whole
-pieces gains nothing and rows are gathered instead (`rows`).
+A payload is then a few long pieces of the pool's own memory. If slots are scattered one by one, moving whole pieces
+gains nothing, and rows are gathered instead (`rows`).
 """
 
 import ctypes
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-MIN_EXTENT_BYTES = 8 << 10  # on average; with shorter ones the calls cost more than the copy they spare
-BLOCK_BYTES = 256 << 10  # what stays in a core's cache from its copy to its checksum
+MIN_EXTENT_BYTES = 8 << 10  # on average; with shorter extents the calls cost more than the copy that they save
+BLOCK_BYTES = 256 << 10  # small enough to stay in a core's cache between the copy and the checksum
 
 
 def find_extents(slots: np.ndarray) -> np.ndarray:
@@ -29,10 +29,10 @@ def find_extents(slots: np.ndarray) -> np.ndarray:
 
 
 class Slots:
-    """Slots of a request's tokens, and `find_extents` of parts of them.
+    """The slots of a request's tokens, with a cache of `find_extents` for parts of them.
 
-    Each layer asks for the same parts, between two chunks, when little is in the processor's caches: what was found is
-    kept.
+    Results are kept because each layer asks for the same parts, and does so between two chunks, when the processor's
+    caches hold little of the slots.
     """
 
     MOST = 64
@@ -72,8 +72,8 @@ class IoVec:
     """A payload as pieces of memory, in order.
 
     Attributes:
-        table: their addresses and sizes, uint64 ``[pieces, 2]``: the system's ``struct iovec``.
-        memory: what they lie in, and what keeps it.
+        table: the pieces' addresses and sizes, uint64 ``[pieces, 2]``: the system's ``struct iovec``.
+        memory: the owner of the pieces' memory, which keeps it alive.
     """
 
     table: np.ndarray
@@ -96,7 +96,7 @@ def one_piece(buffer: np.ndarray) -> IoVec:
 
 
 class Layers:
-    """A pool's layers, uint8 ``[slots, row_bytes]`` and contiguous: where they are, looked up once."""
+    """A pool's layers, uint8 ``[slots, row_bytes]`` and contiguous, with their addresses looked up once."""
 
     def __init__(self, rows: Sequence[np.ndarray]) -> None:
         self._rows = rows
@@ -107,12 +107,12 @@ class Layers:
         places = self._places[layers.start : layers.stop, None]  # [layers, 1, address and row bytes]
         table = extents * places[:, :, 1:]
         table[:, :, 0] += places[:, :, 0]
-        # numpy may lay it out otherwise
+        # numpy may give the product another memory layout
         return IoVec(np.ascontiguousarray(table.reshape(-1, 2)), self._rows)
 
 
 class Cursor:
-    """A place in a payload's pieces, and how it moves on."""
+    """A position in a payload's pieces, which advances as bytes move."""
 
     def __init__(self, pieces: IoVec) -> None:
         self._views = pieces.views
@@ -120,7 +120,7 @@ class Cursor:
         self._index, self._done_bytes = 0, 0
 
     def ahead(self, limit_bytes: int, limit_pieces: int) -> list[memoryview]:
-        """Return the pieces that come next; none at the end."""
+        """Return the next pieces within both limits; none at the end."""
         found = []
         start = self._done_bytes - (self._ends[self._index - 1] if self._index else 0)
         for view in self._views[self._index : self._index + limit_pieces]:

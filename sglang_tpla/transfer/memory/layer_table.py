@@ -1,4 +1,4 @@
-"""Where the layers of a pool lie, for kernels that take several of them at once."""
+"""The addresses of a pool's layers, for kernels that process several layers at once."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Sequence
 
 import torch
 
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: what moves as it is
-ALIGNED_BYTES = 16  # of a GPU's longest load
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: types for copies bit by bit
+ALIGNED_BYTES = 16  # the size of a GPU's longest load
 
 
 class LayerTable:
-    """Layers, and what a kernel needs to find their rows.
+    """Layers, and the table by which a kernel finds their rows.
 
     Args:
         layers: ``[slots, items]`` each, rows contiguous, of one dtype and on one device.
 
     Attributes:
-        places: int64 ``[layers, 2]`` on the device: where a layer begins, counted from the first one, and how far its
-            rows are apart, in items.
-        aligned: what divides all of these, a row's items and where layers begin in their storage; a power of two of at
-            most 16 bytes.
+        places: int64 ``[layers, 2]`` on the device, in items: a layer's offset from the first layer, and the distance
+            between its rows.
+        aligned: the largest power of two, in items and at most 16 bytes, that divides all of these, the items of a row
+            and the layers' offsets in their storage.
     """
 
     def __init__(self, layers: Sequence[torch.Tensor]) -> None:
@@ -39,7 +39,7 @@ class LayerTable:
         return self.layers[layer]
 
     def as_integers(self, size_bytes: int) -> LayerTable:
-        """Return the same memory as integers of so many bytes, which divide a row and what lies between two."""
+        """Return the same memory as integers of ``size_bytes``, which must divide rows and their distances."""
         if size_bytes not in self._as_integers:
             self._as_integers[size_bytes] = LayerTable([layer.view(INTEGERS[size_bytes]) for layer in self.layers])
         return self._as_integers[size_bytes]

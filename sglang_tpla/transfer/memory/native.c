@@ -1,9 +1,9 @@
-/* Copies, sends and receives payloads in pieces, and checks them: each a single call that needs no Python
- * (`native.py`).
+/* Copies, sends and receives payloads in pieces, and computes their checksums. Each operation is a single call that
+ * needs no Python (`native.py`).
  *
  * Checksums are XXH3, 64 bits, seed 0, default secret, of inputs longer than 240 bytes (xxHash's specification,
- * doc/xxhash_spec.md). What is copied is checked on its way; what is sent or received, in steps that stay in a core's
- * own cache, before it leaves there.
+ * doc/xxhash_spec.md). Copies are checked on the way. Sends and receives are checked in steps, while the bytes of a
+ * step are in a core's own cache.
  */
 
 #define _GNU_SOURCE
@@ -21,14 +21,14 @@
 #endif
 
 #define STRIPE 64  /* bytes that go into the accumulators at once */
-#define STRIPES 16 /* of one block, after which they are scrambled */
+#define STRIPES 16 /* stripes of a block, after which the accumulators are scrambled */
 #define BLOCK ((size_t)STRIPES * STRIPE)
-#define STEP ((size_t)512 << 10)         /* of copies and sends: what is checked next is in a core's own cache */
-#define RECEIVE_STEP ((size_t)128 << 10) /* the system writes what it gives, and leaves less of it there */
+#define STEP ((size_t)512 << 10)         /* bytes of a copy or send that stay in a core's own cache until the check */
+#define RECEIVE_STEP ((size_t)128 << 10) /* less, because the system writes received bytes and fills the cache too */
 #define VECTOR 64 /* pieces of one system call */
-#define PATIENCE_NS 200000 /* a fast peer goes on sooner than a thread wakes up; fast is who moved this between two */
-#define FAST_BYTES ((size_t)64 << 10) /* waits, in a time that makes */
-#define FAST_BYTES_PER_US 2000 /* so much: through a slower link the next bytes are worth a sleep */
+#define PATIENCE_NS 200000 /* busy-poll up to 200 us if the peer just sustained 2 GB/s; waking a thread costs more */
+#define FAST_BYTES ((size_t)64 << 10) /* measure that rate over at least so many bytes between two waits */
+#define FAST_BYTES_PER_US 2000 /* on a slower link it pays to sleep until the next bytes come */
 
 static const uint32_t PRIME32_1 = 0x9E3779B1U, PRIME32_2 = 0x85EBCA77U, PRIME32_3 = 0xC2B2AE3DU;
 static const uint64_t PRIME64_1 = 0x9E3779B185EBCA87ULL, PRIME64_2 = 0xC2B2AE3D27D4EB4FULL,
@@ -49,13 +49,13 @@ static const uint8_t SECRET[192] __attribute__((aligned(64))) = {
     0x2b, 0x16, 0xbe, 0x58, 0x7d, 0x47, 0xa1, 0xfc, 0x8f, 0xf8, 0xb8, 0xd1, 0x7a, 0xd0, 0x31, 0xce,
     0x45, 0xcb, 0x3a, 0x8f, 0x95, 0x16, 0x04, 0x28, 0xaf, 0xd7, 0xfb, 0xca, 0xbb, 0x4b, 0x40, 0x7e};
 
-/* A running checksum. At the end some bytes are held back: the last stripe ends with the input's last byte. */
+/* A running checksum. It holds some bytes back, because the last stripe ends with the input's last byte. */
 typedef struct {
     uint64_t lanes[8];
     uint8_t before[STRIPE]; /* the stripe that went in last */
     uint8_t held[STRIPE];
     uint64_t held_bytes, total_bytes, left_bytes;
-    uint64_t stripe; /* of the block, next */
+    uint64_t stripe; /* the index of the next stripe in its block */
 } Checksum;
 
 static uint64_t word(const uint8_t *p) {
@@ -74,7 +74,7 @@ static void mix_portable(uint64_t *lanes, const uint8_t *data, size_t stripes, c
 }
 
 #ifdef HAS_AVX2
-/* Half of the accumulators with half of a stripe in them. */
+/* Return half of the accumulators after half of a stripe has been mixed in. */
 static inline __attribute__((always_inline, target("avx2"))) __m256i mixed(__m256i sum, __m256i value,
                                                                            const uint8_t *secret) {
     __m256i key = _mm256_xor_si256(value, _mm256_loadu_si256((const __m256i *)secret));
@@ -97,10 +97,11 @@ __attribute__((target("avx2"))) static void mix_avx2(uint64_t *lanes, const uint
 
 #if defined(HAS_AVX2) && !defined(NO_AVX512) && (defined(__clang__) || __GNUC__ >= 7)
 #define HAS_AVX512 1
-enum { NOWHERE, INTO_CACHE, PAST_CACHE_16, PAST_CACHE_64 }; /* where a copy goes; the number: how it lies */
+enum { NOWHERE, INTO_CACHE, PAST_CACHE_16, PAST_CACHE_64 }; /* a copy's target; the number is its alignment */
 
-/* Whole blocks, scrambled too, with all that they need in registers; copied on the way, while the next bytes come from
- * memory. Two sums of products, as one would wait for itself, and one of the words, which change places once a block. */
+/* Mix in whole blocks (if `checked`), scramble included, with all operands in registers. Copy them on the way (unless
+ * NOWHERE), while the next bytes come from memory. There are two sums of products, because additions to a single one
+ * would wait for each other, and one sum of the words, which change places once a block. */
 static inline __attribute__((always_inline, target("avx512f,avx512dq"))) void blocks_512(uint64_t *lanes, uint8_t *to,
                                                                                          const uint8_t *from,
                                                                                          size_t blocks, const int where,
@@ -136,7 +137,7 @@ static inline __attribute__((always_inline, target("avx512f,avx512dq"))) void bl
         sum = _mm512_mullo_epi64(sum, _mm512_set1_epi64(PRIME32_1));
     }
     if (checked) _mm512_storeu_si512(lanes, sum);
-    if (where >= PAST_CACHE_16) _mm_sfence(); /* another process may read them next */
+    if (where >= PAST_CACHE_16) _mm_sfence(); /* another process may read the copy next */
 }
 
 __attribute__((target("avx512f,avx512dq"))) static void mix_blocks_512(uint64_t *lanes, const uint8_t *data,
@@ -186,7 +187,7 @@ static void take_stripes(Checksum *sum, const uint8_t *data, size_t stripes) {
     }
 }
 
-/* Of `size` bytes in all, more than 240. */
+/* Begin the checksum of an input of `size` bytes, more than 240. */
 void checksum_start(Checksum *sum, size_t size) {
     const uint64_t lanes[8] = {PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3, PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1};
     memset(sum, 0, sizeof *sum);
@@ -222,7 +223,7 @@ static uint64_t fold(uint64_t a, uint64_t b) {
     return (uint64_t)product ^ (uint64_t)(product >> 64);
 }
 
-/* The checksum, once all has been added. */
+/* Return the checksum, once all bytes have been added. */
 uint64_t checksum_end(const Checksum *sum) {
     uint8_t last[STRIPE];
     uint64_t lanes[8], result = sum->total_bytes * PRIME64_1;
@@ -237,8 +238,8 @@ uint64_t checksum_end(const Checksum *sum) {
 }
 
 #ifdef HAS_AVX2
-/* Copy whole blocks and check them (if there are `lanes`) on the way, while the next bytes come from memory. Past the
- * caches where the target lies so (at 16 bytes): its lines need not be read first, and push nothing out. */
+/* Copy whole blocks and mix them in (if `checked`) on the way, while the next bytes come from memory. An `aligned`
+ * target (16 bytes) is written past the caches, so that its lines need not be read first and evict nothing. */
 static inline __attribute__((always_inline, target("avx2"))) void copy_blocks(uint64_t *lanes, uint8_t *to,
                                                                               const uint8_t *from, size_t blocks,
                                                                               const int aligned, const int checked) {
@@ -268,7 +269,7 @@ static inline __attribute__((always_inline, target("avx2"))) void copy_blocks(ui
     }
     if (checked)
         for (int half = 0; half < 2; half++) _mm256_storeu_si256((__m256i *)lanes + half, sum[half]);
-    _mm_sfence(); /* another process may read them next */
+    _mm_sfence(); /* another process may read the copy next */
 }
 
 __attribute__((target("avx2"))) static void copy_whole(uint64_t *lanes, uint8_t *to, const uint8_t *from,
@@ -287,11 +288,11 @@ __attribute__((target("avx2"))) static void copy_whole(uint64_t *lanes, uint8_t 
 }
 #endif
 
-/* Copy `size` bytes; the checksum, if there is one, is of what was written. */
+/* Copy `size` bytes, and add the written bytes to the checksum, if there is one. */
 static void copy_add(Checksum *sum, uint8_t *to, const uint8_t *from, size_t size) {
 #ifdef HAS_AVX2
     if (size > BLOCK && (!sum || !sum->held_bytes) && __builtin_cpu_supports("avx2")) {
-        size_t before = sum ? (STRIPES - sum->stripe) % STRIPES * STRIPE : 0; /* of a block that has begun */
+        size_t before = sum ? (STRIPES - sum->stripe) % STRIPES * STRIPE : 0; /* the rest of a block that has begun */
         memcpy(to, from, before);
         checksum_add(sum, to, before);
         to += before, from += before, size -= before;
@@ -307,7 +308,7 @@ static void copy_add(Checksum *sum, uint8_t *to, const uint8_t *from, size_t siz
     checksum_add(sum, to, size);
 }
 
-/* Copy pieces to as many bytes of other pieces; the checksum is of what was copied. */
+/* Copy pieces into other pieces of the same total size; the checksum is of the copied bytes. */
 void copy_pieces(Checksum *sum, const struct iovec *from, const struct iovec *to) {
     size_t taken = 0, given = 0;
     for (;;) {
@@ -322,20 +323,20 @@ void copy_pieces(Checksum *sum, const struct iovec *from, const struct iovec *to
     }
 }
 
-/* The checksum of pieces; an empty one ends the list. */
+/* Add pieces to the checksum; an empty piece ends the list. */
 void check_pieces(Checksum *sum, const struct iovec *pieces) {
     for (; pieces->iov_len; pieces++) checksum_add(sum, pieces->iov_base, pieces->iov_len);
 }
 
 /* How far a payload has moved; all zero at its beginning. */
 typedef struct {
-    uint64_t index;        /* of the piece that comes next */
-    uint64_t recent_bytes; /* moved since the socket last had nothing */
-    uint64_t recent_ns;    /* when that was */
-    uint64_t waiting_ns;   /* since when it has had nothing; 0 where nobody waits */
+    uint64_t index;        /* the index of the next piece */
+    uint64_t recent_bytes; /* the bytes that have moved since `recent_ns` */
+    uint64_t recent_ns;    /* the start of the measurement: the beginning, or a wait after at least FAST_BYTES */
+    uint64_t waiting_ns;   /* when polling began; 0 if the socket must not be polled */
 } Way;
 
-/* Move on by `size` bytes, which go into the checksum. */
+/* Advance by `size` bytes, and add them to the checksum. */
 static void advance_pieces(Checksum *sum, struct iovec *pieces, Way *way, size_t size) {
     way->recent_bytes += size;
     while (size) {
@@ -348,7 +349,7 @@ static void advance_pieces(Checksum *sum, struct iovec *pieces, Way *way, size_t
     }
 }
 
-/* The next pieces, some `limit` bytes of them. */
+/* Fill `vector` with the next pieces, up to `limit` bytes of them. Return how many, and set `bytes` to their size. */
 static size_t ahead(struct iovec *vector, const struct iovec *pieces, size_t index, size_t count, size_t *bytes,
                     size_t limit) {
     size_t used = 0;
@@ -367,8 +368,8 @@ static uint64_t now_ns(void) {
     return (uint64_t)now.tv_sec * 1000000000U + (uint64_t)now.tv_nsec;
 }
 
-/* Whether to ask a socket that moved nothing now once more: for a moment, where it has just moved much. To fall asleep
- * and to be woken up costs either side more than what it waits for. Who else needs this core gets it. */
+/* Return whether to ask a socket that moved nothing now once more: for PATIENCE_NS if it has just been fast. To sleep
+ * and be woken up would cost either side more than the wait. Other threads that need this core get it. */
 static int again(Way *way) {
     uint64_t now = now_ns();
     if (way->recent_bytes >= FAST_BYTES) {
@@ -379,8 +380,8 @@ static int again(Way *way) {
     return way->waiting_ns != 0;
 }
 
-/* Send pieces, which move on, on a socket that does not block, until it takes no more; what follows them is sent soon.
- * Bytes; minus the error where none went. */
+/* Send pieces on a non-blocking socket until it takes no more, and advance them. MSG_MORE, because more bytes follow
+ * soon. Return the bytes sent, or minus the error if there were none. */
 int64_t send_pieces(Checksum *sum, struct iovec *pieces, Way *way, int socket, size_t count) {
     int64_t sent = 0;
     if (!way->recent_ns) way->recent_ns = now_ns();
@@ -401,8 +402,8 @@ int64_t send_pieces(Checksum *sum, struct iovec *pieces, Way *way, int socket, s
     return sent;
 }
 
-/* Read from a socket that does not block into pieces, which move on with what came: at most some `limit` bytes, until
- * nothing is there. Bytes; 0 at the end of the stream; minus the error where nothing came before it. */
+/* Read from a non-blocking socket into pieces, and advance them, until about `limit` bytes have come or none are there.
+ * Return the bytes received, 0 at the end of the stream, or minus the error if nothing came before it. */
 int64_t receive_pieces(Checksum *sum, struct iovec *pieces, Way *way, int socket, size_t count, size_t limit) {
     int64_t received = 0;
     if (!way->recent_ns) way->recent_ns = now_ns();

@@ -1,9 +1,8 @@
-"""``native.c``, compiled when first wanted: one call a chunk where Python would make one a piece.
+"""``native.c``, compiled at its first use: one call per chunk where Python would make one call per piece.
 
-Each call lets other threads have the interpreter meanwhile; a chunk of some sixty pieces would otherwise give it away
-and wait for it as often. A machine without a C compiler does the same in Python (`copy`), more slowly, and says so
-once. The library is kept under ``$SGLANG_TPLA_CACHE`` (default ``~/.cache/sglang_tpla``) by the hash of the source, the
-compiler and the machine's kind.
+Each call releases the GIL once; in Python a chunk of some sixty pieces would release it and wait for it as often. A
+machine without a C compiler does the same in Python (`copy`), more slowly, and logs so once. The library is kept under
+``$SGLANG_TPLA_CACHE`` (default ``~/.cache/sglang_tpla``) by the hash of the source, the compiler and the machine type.
 """
 
 import ctypes
@@ -37,10 +36,10 @@ class NativeError(SglangTplaError, RuntimeError):
 
 
 def compiled(compiler: str) -> Path:
-    """Return the library's path, and let ``compiler`` make it unless it is there. Several processes may ask at once.
+    """Return the library's path; compile it if it is not there. Several processes may call this at once.
 
     Raises:
-        NativeError: no such compiler, it refuses the source, or the cache cannot be written.
+        NativeError: there is no such compiler, it refuses the source, or the cache cannot be written.
     """
     command = [*compiler.split(), *OPTIONS]
     try:
@@ -69,7 +68,7 @@ def loaded(path: Path) -> ctypes.CDLL:
     """Load the library and declare its functions' types.
 
     Raises:
-        NativeError: it cannot be loaded here.
+        NativeError: the library cannot be loaded here.
     """
     try:
         library = ctypes.CDLL(str(path))
@@ -92,7 +91,7 @@ def loaded(path: Path) -> ctypes.CDLL:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled library; None, and a line in the log, without ``$CC`` or a usual compiler."""
+    """Return the library, compiled by ``$CC`` or a usual compiler, or log a warning and return None."""
     usual = next(filter(shutil.which, COMPILERS), COMPILERS[0])
     try:
         return loaded(compiled(os.environ.get("CC") or usual))

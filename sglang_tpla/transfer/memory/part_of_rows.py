@@ -1,4 +1,4 @@
-"""One part of a chunk's rows, made layer by layer with whatever kernels the pool's device has."""
+"""Makes one part of a chunk's rows with the kernels of the pool's device, one run of equal layers at a time."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -29,14 +29,14 @@ def make_part(
         kernels: `row_kernels`, or their twins in `row_kernels_reference`.
         pool: ``[slots, d + rope]`` of each layer.
         latent_dim: d.
-        layers: those of the chunk, by index.
+        layers: the chunk's layers, by index.
         slots: int64 ``[tokens]``.
-        stacks: the projection of these layers (`projection.stack_layers`), each as the kernels' `weights`, or None for
-            the raw latent.
+        stacks: the projection of these layers (`projection.stack_layers`), each converted by the kernels' `weights`, or
+            None for the raw latent.
         row_format: the receiver's rows of these layers.
 
     Returns:
-        Numbers that are zero if and only if every value of sketched rows was finite; None where there are none.
+        Numbers that are zero if and only if every value of sketched rows was finite; None if no rows are encoded.
     """
     position = start = 0
     if stacks is None:

@@ -25,14 +25,14 @@ class CachePool:
     """The latent cache of one rank.
 
     Args:
-        layers: one tensor a layer, ``[slots, items]``, rows contiguous, one dtype and device.
+        layers: one tensor per layer, ``[slots, items]``, rows contiguous, all of one dtype and device.
         latent_dim: d of the model; on prefill every ``width_l`` equals it.
         rope_dim: rotary values at the end of each row.
-        page_size: tokens a page.
-        encoding: how each layer's rows are encoded; None are plain rows of the layers' own widths.
+        page_size: tokens per page.
+        encoding: the format of each layer's rows; None for plain rows of the layers' own widths.
 
     Raises:
-        TransferError: shapes, dtypes or devices that do not fit together.
+        TransferError: shapes, dtypes or devices do not fit together.
     """
 
     layers: Sequence[torch.Tensor]
@@ -83,7 +83,7 @@ class CachePool:
         return RowFormat.plain(widths, widths, self.rope_dim)
 
     def sharing(self, shared: Sequence[int]) -> CachePool:
-        """Return the same pool, so many of whose columns are those of every latent group."""
+        """Return the same pool with the first ``shared[l]`` columns of each layer common to every latent group."""
         return replace(self, encoding=self.row_format.sharing(shared))
 
     def part_items(self, layer: int, part: Part) -> int:
@@ -91,12 +91,12 @@ class CachePool:
         return self.row_format.layers[layer].part_items(part)
 
     def payload_bytes(self, layers: range, tokens: int, part: Part) -> int:
-        """Return the bytes that a chunk of some layers (by index) must have."""
+        """Return the size in bytes that a chunk of some layers (by index) must have."""
         return tokens * self.dtype.itemsize * sum(self.part_items(layer, part) for layer in layers)
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The latent values of a token in each layer."""
+        """The number of latent values per token in each layer."""
         return self.row_format.widths
 
     @property
@@ -112,7 +112,7 @@ class CachePool:
         return self.layers[0].shape[0] // self.page_size
 
     def write_constants(self) -> None:
-        """Write what rows have and no part brings, before any is received: the padding of sketched rows."""
+        """Write the padding of sketched rows, which no chunk brings. Call this before any chunk is received."""
         for layer, rows in zip(self.layers, self.row_format.layers, strict=True):
             if isinstance(rows, GroupRows) and rows.rows.w < rows.rows.w_pad:
                 layer[:, rows.rows.w : rows.rows.w_pad] = ZERO_CODE
@@ -121,7 +121,7 @@ class CachePool:
         """Return the slots of the tokens in ``pages``, in order: int64 ``[num_tokens]``.
 
         Raises:
-            TransferError: a page outside the pool, or ``num_tokens`` that does not fill the pages' last one.
+            TransferError: a page lies outside the pool, or ``num_tokens`` does not end in the last page.
         """
         pages = np.asarray(pages, dtype=np.int64).reshape(-1)
         if pages.size and (pages.min() < 0 or pages.max() >= self.num_pages):
@@ -142,7 +142,7 @@ class MetadataRows:
     """The engine's metadata buffers: writable uint8 matrices ``[rows, item_bytes]``, views onto its memory.
 
     Raises:
-        TransferError: a buffer of another type or shape.
+        TransferError: a buffer has another type or shape.
     """
 
     buffers: Sequence[np.ndarray]
@@ -166,10 +166,10 @@ class MetadataRows:
         return sum(self.item_bytes)
 
     def check(self, row: int) -> None:
-        """Refuse a row outside any buffer.
+        """Refuse a row that lies outside any buffer.
 
         Raises:
-            TransferError: naming the rows there are.
+            TransferError: the row lies outside; the message names the rows that exist.
         """
         rows = min((buffer.shape[0] for buffer in self.buffers), default=0)
         if not 0 <= row < rows:
@@ -181,7 +181,7 @@ class MetadataRows:
         return b"".join(buffer[row].tobytes() for buffer in self.buffers)
 
     def write(self, row: int, data: bytes | memoryview) -> None:
-        """Write one row in the form in which `read` returns it."""
+        """Write one row, in the form that `read` returns."""
         self.check(row)
         source = np.frombuffer(data, dtype=np.uint8)
         if source.size != self.row_bytes:

@@ -1,4 +1,4 @@
-"""A rank's projection Z, one matrix a layer: what the prefill side applies before it sends (design, section 2).
+"""A rank's projection Z, one matrix per layer, which the prefill side applies before it sends (design, section 2).
 
 ``z = c_hat @ Z``: latent ``[tokens, d]`` to ``[tokens, w]``, computed in float32 and cast to the cache dtype.
 The decode layer projects new tokens with the same function, so both kinds of row are rounded alike.
@@ -35,13 +35,13 @@ class Projection:
     """Z of one rank for its layers.
 
     Args:
-        matrices: ``[d, columns]`` float32 on the CPU, one a layer.
-        shared: how many leading columns of each are the same in every group.
-        sketched: the rows they are for, where those are sketched: columns are ``[shared | own | sketch of all
-            groups]``; otherwise each matrix has the ``w`` columns of the slice.
+        matrices: ``[d, columns]`` float32 on the CPU, one per layer.
+        shared: how many leading columns of each matrix are the same in every group.
+        sketched: the row format if rows are sketched, with the columns ``[shared | own | sketch of all groups]``; None
+            if each matrix has the ``w`` columns of the slice.
 
     Raises:
-        TransferError: shapes that do not fit, or values that are not finite.
+        TransferError: the shapes do not fit, or values are not finite.
     """
 
     matrices: Sequence[torch.Tensor]
@@ -98,7 +98,7 @@ class Projection:
 
     @cached_property
     def layer_bytes(self) -> tuple[bytes, ...]:
-        """Each matrix as little-endian float32, row by row: what travels at registration."""
+        """Each matrix as little-endian float32, row by row, as it travels at registration."""
         return tuple(np.ascontiguousarray(matrix.numpy(), dtype="<f4").tobytes() for matrix in self.matrices)
 
     @cached_property

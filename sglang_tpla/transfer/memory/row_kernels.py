@@ -1,12 +1,12 @@
-"""The few kernels that make a chunk of a pool's rows on a GPU, and that put one into a pool.
+"""The kernels that make a chunk from a pool's rows on a GPU, and that write a chunk into a pool.
 
     project   pool rows of some layers -> [projected columns | rotary key], in float32 or as plain rows
     encode    these in float32         -> the bytes of one part of sketched rows
     scatter   a payload                -> pool rows of some layers
 
-One launch each for all layers of a chunk that have rows alike: a prompt that is computed meanwhile leaves a
-multiprocessor free now and then, and every launch waits for that. `row_kernels_reference` has their twins, which say
-what goes in and out. Whoever calls has chosen the stream.
+Each kernel is launched once for all layers of a chunk that have equal row formats, because a prompt that is computed
+meanwhile leaves a multiprocessor free only now and then, and every launch waits for that. `row_kernels_reference` has
+the kernels' twins, which document the arguments. The caller chooses the stream.
 """
 
 import functools
@@ -20,10 +20,10 @@ from sglang_tpla.cache_rows.layer_rows import GroupRows, LayerRows, part_width
 from sglang_tpla.cache_rows.parts import Field, Part
 from sglang_tpla.transfer.memory.layer_table import INTEGERS, LayerTable
 
-Z_PARTS = 3  # bfloat16 numbers that a float32 weight is cut into; all of its bits
-X_PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # likewise a value of the pool
-FEW_TOKENS = 64  # up to here a program projects few of them
-LONGEST_BYTES = 8  # of what `scatter` moves at a time
+Z_PARTS = 3  # bfloat16 numbers that a float32 weight is cut into, which hold all of its bits
+X_PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}  # the same for a value of the pool
+FEW_TOKENS = 64  # up to so many tokens, `tile_of` chooses the small tile
+LONGEST_BYTES = 8  # the most that `scatter` moves at a time
 
 
 class Tile(NamedTuple):
@@ -40,9 +40,9 @@ def tile_of(tokens: int) -> Tile:
 
 
 def weights(z: torch.Tensor) -> torch.Tensor:
-    """Return a projection ``[layers, d, columns]`` as `project` takes it, bfloat16 ``[layers, Z_PARTS, d, columns]``.
+    """Return a projection ``[layers, d, columns]`` for `project`, as bfloat16 ``[layers, Z_PARTS, d, columns]``.
 
-    The parts sum up to the float32 number: each is what the ones before leave, cut off.
+    The parts sum up to the float32 number: each part is the truncated remainder of the parts before it.
     """
     parts = []
     for _ in range(Z_PARTS):
@@ -67,7 +67,7 @@ def project(
 
     from sglang_tpla.transfer.memory import row_kernels_triton as kernels
 
-    if z is None and out.dtype == pool.dtype:  # as integers, which no copy changes
+    if z is None and out.dtype == pool.dtype:  # copied as integers, which keep every bit
         pool = pool.as_integers(out.element_size())
         out = out.view(pool.dtype)
     width, tokens = out.shape[-1] - key, slots.numel()
@@ -104,7 +104,7 @@ def project(
 
 
 def _runs(columns: tuple[slice, ...], width: int) -> tuple[int, int, int]:
-    """Return where the first of at most two runs of columns begins, its length, and where the second one begins."""
+    """Return the start and the length of the first of at most two runs of columns, and the start of the second."""
     first, *second = (range(width)[run] for run in columns)
     return first.start, len(first), second[0].start if second else 0
 
@@ -117,7 +117,7 @@ def encode(rows: LayerRows, part: Part, work: torch.Tensor, key: int, out: torch
     if not isinstance(rows, GroupRows):
         out.copy_(work.view(torch.uint8))
         return
-    if not rows.rows.own or part is Part.FULL:  # there are bytes that no field fills
+    if not rows.rows.own or part is Part.FULL:  # no field fills some of the bytes
         out.copy_(_row_of_zeros(rows, part, out.device))
     sizes, scale = rows.rows, rows_format.SCALE_BYTES
     common, own, whole = part is Part.COMMON, part is Part.OWN, part is Part.FULL
@@ -158,7 +158,7 @@ def encode(rows: LayerRows, part: Part, work: torch.Tensor, key: int, out: torch
 
 @functools.lru_cache(maxsize=256)
 def _row_of_zeros(rows: GroupRows, part: Part, device: torch.device) -> torch.Tensor:
-    """Return uint8 ``[items of the part]``, made once a device."""
+    """Return one part of an encoded row of zeros, uint8 ``[items of the part]``, made once per device."""
     out = torch.empty(rows.part_items(part), dtype=torch.uint8, device="cpu")
     columns = part_width(rows, part)
     zeros = torch.zeros(columns + rows.rope_dim, device="cpu")
@@ -173,7 +173,7 @@ def scatter(
 
     from sglang_tpla.transfer.memory import row_kernels_triton as kernels
 
-    # the longest items that everything is a whole number of
+    # move the longest items that divide every field's offsets and sizes
     item = payload.element_size()
     sizes = [number for field in fields for number in (field.start, field.stop, field.payload)]
     sizes += [payload.shape[2], int(payload.storage_offset())]
@@ -194,7 +194,7 @@ def scatter(
 
 @functools.lru_cache(maxsize=1024)
 def _moves(fields: tuple[Field, ...], unit_items: int, device: torch.device) -> torch.Tensor:
-    """Return from where in a payload to where in a row so many items move at a time, int32 ``[moves, 2]``."""
+    """Return each move's source in a payload and target in a row, in units of ``unit_items``: int32 ``[moves, 2]``."""
     moves = [
         ((field.payload + item) // unit_items, (field.start + item) // unit_items)
         for field in fields

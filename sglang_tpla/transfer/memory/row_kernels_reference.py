@@ -1,4 +1,4 @@
-"""The twins of `row_kernels` in PyTorch, for pools on the CPU: what a chunk is made of, and where it goes."""
+"""The twins of `row_kernels` in PyTorch, for pools on the CPU. They document the kernels' arguments."""
 
 import torch
 
@@ -8,7 +8,7 @@ from sglang_tpla.transfer.memory.layer_table import LayerTable
 
 
 def weights(z: torch.Tensor) -> torch.Tensor:
-    """Return a projection, float32 ``[layers, d, columns]``, as `project` takes it."""
+    """Return a projection, float32 ``[layers, d, columns]``, in the form that `project` takes."""
     return z
 
 
@@ -27,12 +27,12 @@ def project(
 
     Args:
         pool: ``[slots, d + rope]`` of each layer.
-        layers: those of the chunk, by index.
+        layers: the chunk's layers, by index.
         slots: int64 ``[tokens]``.
         z: `weights` of these layers, or None for the latent itself.
-        columns: those of ``z`` that are wanted, in at most two runs; unread without one.
+        columns: the wanted columns of ``z``, in at most two runs; unused without ``z``.
         latent_dim: d.
-        key: how many values of the rotary key follow; 0 for none.
+        key: how many values of the rotary key follow the columns; 0 for none.
         out: ``[layers, tokens, columns + key]``, contiguous, written; float32, or rounded once.
         wrong: int32 ``[1]``, set to 0 for `encode`; or None.
     """
@@ -53,27 +53,27 @@ def encode(rows: LayerRows, part: Part, work: torch.Tensor, key: int, out: torch
 
     Args:
         work: ``[layers, tokens, columns + key]``, contiguous, as `project` leaves it: float32 for sketched rows.
-        key: how many of them are the rotary key's.
+        key: how many of ``work``'s values per token belong to the rotary key.
         out: uint8 ``[layers, tokens, items of the part]``, contiguous, written.
-        wrong: int32 ``[1]``, set to 1 where sketched rows have a value that is not finite.
+        wrong: int32 ``[1]``, set to 1 if sketched rows have a value that is not finite.
     """
     columns = work.shape[-1] - key
     rows.encode(work[..., :columns], work[..., columns:], part, out)
     if isinstance(rows, GroupRows):
-        # a value that is not finite makes its sum so as well
+        # the sum is not finite if any value is not
         wrong |= ~torch.isfinite(work.sum(dtype=torch.float64))
 
 
 def scatter(
     pool: LayerTable, layers: range, slots: torch.Tensor, fields: tuple[Field, ...], payload: torch.Tensor
 ) -> None:
-    """Put a payload into pool rows.
+    """Write a payload into pool rows.
 
     Args:
         pool: ``[slots, items]`` of each layer.
-        layers: those of the chunk, by index.
+        layers: the chunk's layers, by index.
         slots: int64 ``[tokens]``, no two alike.
-        fields: which items of a row, and where they are in the payload; at least one.
+        fields: the items of a row to write, and their places in the payload; at least one field.
         payload: ``[layers, tokens, items of the part]`` of the pool's dtype, contiguous.
     """
     for layer, values in zip(layers, payload.unbind(), strict=True):

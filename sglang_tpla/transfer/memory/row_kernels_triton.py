@@ -12,7 +12,7 @@ from sglang_tpla.cache_rows.rounding_triton import nearest_bfloat16, upper_half,
 
 @triton.jit
 def layer_rows(pool, table, layer, slots, token, live, ALIGNED: tl.constexpr):
-    """Point at the rows [tokens] of one layer. ``ALIGNED`` divides, in items, where layers and rows begin."""
+    """Return pointers to the rows [tokens] of one layer. ``ALIGNED`` (items) divides the offsets of layers and rows."""
     start = tl.multiple_of(tl.load(table + 2 * layer), ALIGNED)
     step = tl.multiple_of(tl.load(table + 2 * layer + 1), ALIGNED)
     return pool + start + tl.load(slots + token, mask=live, other=0) * step
@@ -21,11 +21,11 @@ def layer_rows(pool, table, layer, slots, token, live, ALIGNED: tl.constexpr):
 @triton.jit(do_not_specialize=["first_layer", "tokens"])
 def project_kernel(
     pool,  # the first layer of the table
-    table,  # [layers, 2] int64: where a layer begins, from the first one, and from row to row, in items
+    table,  # [layers, 2] int64: a layer's offset from the first one, and the distance between its rows, in items
     slots,  # [tokens] int64
     z,  # [layers, Z_PARTS, D, Z_COLUMNS] bfloat16; unread unless PROJECTED
     out,  # [layers, tokens, COLUMNS + KEY], written
-    wrong,  # [1] int32, cleared where CLEARED
+    wrong,  # [1] int32, cleared if CLEARED
     first_layer,
     tokens,
     D: tl.constexpr,
@@ -34,14 +34,14 @@ def project_kernel(
     COUNT: tl.constexpr,
     SECOND: tl.constexpr,
     Z_COLUMNS: tl.constexpr,
-    KEY: tl.constexpr,  # values of the rotary key; 0 where none is wanted
+    KEY: tl.constexpr,  # values of the rotary key; 0 if none are wanted
     PROJECTED: tl.constexpr,
     CLEARED: tl.constexpr,
     X_PARTS: tl.constexpr,
     Z_PARTS: tl.constexpr,
-    OPERAND: tl.constexpr,  # bfloat16; float32 in the interpreter, which takes bfloat16 for integers there
+    OPERAND: tl.constexpr,  # bfloat16; float32 in the interpreter, whose products treat bfloat16 as integers
     ALIGNED: tl.constexpr,
-    Z_ALIGNED: tl.constexpr,  # divides where the runs and the rows of z begin
+    Z_ALIGNED: tl.constexpr,  # divides the offsets of the runs and the rows of z
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -49,7 +49,7 @@ def project_kernel(
 ):
     """Grid: [blocks of tokens, blocks of columns of either run and one for the key, layers].
 
-    Products of two small parts are left out.
+    Products of two small parts of x and z are left out.
     """
     FIRST_BLOCKS: tl.constexpr = (COUNT + BLOCK_W - 1) // BLOCK_W
     BLOCKS: tl.constexpr = FIRST_BLOCKS + (COLUMNS - COUNT + BLOCK_W - 1) // BLOCK_W
@@ -62,7 +62,7 @@ def project_kernel(
     if CLEARED and (tl.program_id(0) + block + layer == 0):
         tl.store(wrong, 0)
     if block < BLOCKS:
-        # a block lies within one run, so that its columns lie together
+        # a block lies within one run, so that its columns are contiguous
         later = block >= FIRST_BLOCKS
         begin = (block - tl.where(later, FIRST_BLOCKS, 0)) * BLOCK_W
         column = begin + tl.arange(0, BLOCK_W)
@@ -100,7 +100,7 @@ def project_kernel(
 
 @triton.jit
 def store_scale(target, scale, wrong):
-    """Write a bfloat16 scale at any byte. One that is not finite says that some value was not."""
+    """Store a bfloat16 scale at any byte. A scale that is not finite shows that some value was not."""
     bits = scale.to(tl.int32, bitcast=True)
     tl.store(target, ((bits >> 16) & 255).to(tl.uint8))
     tl.store(target + 1, ((bits >> 24) & 255).to(tl.uint8))
@@ -109,24 +109,24 @@ def store_scale(target, scale, wrong):
 
 @triton.jit
 def store_one(target):
-    """Write the scale of a field that has none."""
+    """Store 1, the scale of a field that has none."""
     tl.store(target, 0x80)
     tl.store(target + 1, 0x3F)
 
 
 @triton.jit
 def encode_kernel(
-    work,  # [rows, WIDTH] float32: shared and own columns, those of the sketch, the key, as far as there are any
+    work,  # [rows, WIDTH] float32: the shared, own and sketch columns and the key, as far as the part has them
     out,  # [rows, ROW_BYTES] uint8, written
-    wrong,  # [1] int32, set to 1 where a value is not finite
+    wrong,  # [1] int32, set to 1 if a value is not finite
     step,
     reach,
     WIDTH: tl.constexpr,
     ROW_BYTES: tl.constexpr,
-    SHARED: tl.constexpr,  # how many columns a field has, then where its bytes and its scale go
+    SHARED: tl.constexpr,  # of each field: the number of columns, then the offsets of its bytes and its scale
     SHARED_SCALE: tl.constexpr,
     TURN: tl.constexpr,
-    TWICE: tl.constexpr,  # the bytes of the other turn follow
+    TWICE: tl.constexpr,  # whether the bytes of the other turn follow
     OWN: tl.constexpr,
     OWN_TO: tl.constexpr,
     OWN_SCALE: tl.constexpr,
@@ -187,7 +187,7 @@ def encode_kernel(
 @triton.jit(do_not_specialize=["first_layer", "tokens"])
 def scatter_kernel(
     payload,  # [layers, tokens, ITEMS]
-    places,  # [COUNT, 2] int32: from which item of the payload to which item of a row
+    places,  # [COUNT, 2] int32: an item of the payload and its place in a row
     pool,
     table,
     slots,  # [tokens] int64

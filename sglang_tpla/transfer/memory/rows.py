@@ -1,6 +1,6 @@
 """Moving rows between a paged pool and a packed payload.
 
-On the CPU rows are moved as opaque items, so every dtype is copied bit by bit; `device_rows` moves those of a pool on a
+On the CPU rows are moved as opaque items, so every dtype is copied bit by bit. `device_rows` moves rows of a pool on a
 GPU. Several threads may call at a time.
 """
 
@@ -24,7 +24,7 @@ from sglang_tpla.transfer.memory.part_of_rows import make_part
 from sglang_tpla.transfer.memory.pool import CachePool
 from sglang_tpla.transfer.room import TransferError
 
-Reading = Callable[[], bytes | None]  # waits for a chunk; returns its checksum, where it was taken on the way
+Reading = Callable[[], bytes | None]  # waits for a chunk; returns its checksum if that was computed on the way
 
 
 def byte_rows(layer: torch.Tensor) -> np.ndarray:
@@ -52,7 +52,7 @@ def scatter_rows(rows: np.ndarray, slots: np.ndarray, packed: np.ndarray) -> Non
 
 
 def _dense(layers: Sequence[np.ndarray] | None) -> Layers | None:
-    """Look up the layers of a CPU pool whose successive slots lie side by side; None where they do not."""
+    """Look up the layers of a CPU pool. Return None without one, or if successive slots do not lie side by side."""
     if layers is None or not all(rows.flags.c_contiguous for rows in layers):
         return None
     return Layers(layers)
@@ -69,28 +69,28 @@ class RowReader:
         self._dense = _dense(self._rows)
 
     def ready_events(self, after: Any) -> tuple[Any, ...]:
-        """Return events before which rows must not be read: ``after``, and the work that this thread has queued."""
+        """Return the events to wait for before reading rows: ``after``, and the work that this thread has queued."""
         events: tuple[Any, ...] = () if after is None else (after,)
         return events if self._device is None else (*events, self._device.now())
 
     def wait(self, ready: tuple[Any, ...]) -> None:
-        """Return when rows in memory of this host may be read; on a GPU `read` has its streams wait."""
+        """Wait until rows in host memory may be read. For rows on a GPU, `read` lets its streams wait instead."""
         if self._device is None:
             for event in ready:
                 event.synchronize()
 
     def prepare(self, row_format: RowFormat, stacks: Sequence[torch.Tensor] | None) -> None:
-        """Do what the first chunk of such rows would wait for."""
+        """Compile the kernels that the first chunk of such rows would wait for."""
         if self._device is not None:
             self._device.prepare(row_format, stacks)
 
     def in_place(self, slots: np.ndarray) -> bool:
-        """Return whether raw rows of ``slots`` can be sent from where they lie: as few, long `pieces`."""
+        """Return whether raw rows of ``slots`` can be sent straight from the pool, as few, long `pieces`."""
         row_bytes = self.pool.layers[0].shape[1] * self.pool.dtype.itemsize
         return self._dense is not None and worth_it(find_extents(slots), slots.size, row_bytes)
 
     def pieces(self, rectangle: Rectangle, extents: np.ndarray) -> IoVec:
-        """Return a rectangle's raw rows where they lie in the pool, in the payload's order, given `find_extents`."""
+        """Return the places of a rectangle's raw rows in the pool, in the payload's order, given `find_extents`."""
         assert self._dense is not None
         return self._dense.pieces(layers_of(rectangle), extents)
 
@@ -104,17 +104,18 @@ class RowReader:
         row_format: RowFormat,
         ready: tuple[Any, ...] = (),
     ) -> Reading:
-        """Fill ``out`` (uint8 ``[payload_bytes]``, pinned where the pool is on a GPU) with a rectangle, or queue that.
+        """Fill ``out`` (uint8 ``[payload_bytes]``, pinned for a pool on a GPU) with a rectangle, or queue that work.
+        Return a function that waits for it.
 
         Args:
             slots: pool slots of the rectangle's tokens.
             stacks: the projection of the rectangle's layers on the pool's device, or None for the raw latent.
-            part: which columns.
+            part: the part of the rows to read.
             row_format: the receiver's rows of the rectangle's layers.
             ready: `ready_events` of the rows.
 
         Raises:
-            TransferError: as well as from the function that it returns: a value that these rows cannot hold.
+            TransferError: these rows cannot hold a value; the returned function raises it too.
         """
         layers = layers_of(rectangle)
         if stacks is None and part is Part.OWN:
@@ -151,7 +152,7 @@ class RowReader:
         return checksum.digest()
 
     def _require_finite(self, finite: bool, layers: range) -> None:
-        """Refuse what rows in bytes cannot hold.
+        """Refuse values that rows in bytes cannot hold.
 
         Raises:
             TransferError: a value is not finite.
@@ -173,9 +174,9 @@ class RowWriter:
         self._dense = _dense(self._rows)
 
     def pieces(self, layers: range, extents: np.ndarray, part: Part) -> IoVec | None:
-        """Return where a payload's bytes belong in the pool, in order; None where these are not long pieces of it.
+        """Return the places of a payload's bytes in the pool, in order, or None if they are not a few long pieces.
 
-        ``extents`` are its tokens' slots (`iovec.find_extents`).
+        ``extents`` are the slots of the payload's tokens (`iovec.find_extents`).
         """
         if self._rows is None or self._dense is None or part is not Part.FULL:
             return None
@@ -184,8 +185,8 @@ class RowWriter:
         return self._dense.pieces(layers, extents)
 
     def write(self, layers: range, slots: np.ndarray, part: Part, payload: memoryview) -> bytes:
-        """Write a payload to the rows ``slots`` of the pool layers ``layers`` (by index). Return, once it is there, the
-        checksum of what was written, or nothing if that was not taken on the way.
+        """Write a payload to the rows ``slots`` of the pool layers ``layers`` (by index). After the write, return the
+        checksum of the written bytes, or nothing if that was not computed on the way.
         """
         data = np.frombuffer(payload, dtype=np.uint8)
         item = self.pool.dtype.itemsize

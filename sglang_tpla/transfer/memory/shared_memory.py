@@ -1,9 +1,9 @@
 """Shared memory without a name: a memfd that processes of the same host and user map through /proc.
 
-No name means nothing to clean up: the memory goes when the last process that maps it goes, however it ends. Pages are
-reserved before they are first written: where the system has none left that is an error here, not a signal later. A
-random token in the first bytes tells a mapped segment from another that happens to have the same process and
-descriptor numbers (a different process-id namespace, a process id used again).
+Without a name there is nothing to clean up: the memory is freed when the last process that maps it ends, however it
+ends. Pages are reserved before they are first written, so that a system without free memory raises an error here and no
+signal later. A random token in the first bytes tells a mapped segment from another that happens to have the same
+process and descriptor numbers (a different process-id namespace, a reused process id).
 """
 
 import fcntl
@@ -25,13 +25,13 @@ TOKEN_BYTES = 8
 
 
 def host_identity() -> str:
-    """Return a name of this host, user and process-id namespace, equal where segments can be mapped."""
+    """Return a name of this host, user and process-id namespace, equal for processes that can share segments."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read().strip()
         return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}/{os.getuid()}"
     except OSError:
-        return f"{socket.gethostname()}/{secrets.token_hex(8)}"  # equal to no other: nothing is mapped
+        return f"{socket.gethostname()}/{secrets.token_hex(8)}"  # unlike any other, so nothing is mapped
 
 
 class SharedSegment:
@@ -40,7 +40,7 @@ class SharedSegment:
     def __init__(self, agent: str, size_bytes: int) -> None:
         self._file = os.memfd_create("sglang-tpla", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self._file, HEADER_BYTES + size_bytes)
-        # a reader must not be killed by memory that went away under it
+        # seal the size, because a reader is killed if the memory that it maps shrinks
         fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         self._map = mmap.mmap(self._file, HEADER_BYTES + size_bytes)
         token = secrets.token_bytes(TOKEN_BYTES)
@@ -49,22 +49,22 @@ class SharedSegment:
         self.announcement = messages.Segment(agent, os.getpid(), self._file, size_bytes, token)
 
     def reserve(self, offset: int, size_bytes: int) -> None:
-        """Make sure that a piece of ``data`` has memory behind it.
+        """Reserve memory for a piece of ``data``.
 
         Raises:
-            OSError: there is none left.
+            OSError: there is no memory left.
         """
         os.posix_fallocate(self._file, HEADER_BYTES + offset, size_bytes)
 
     def close(self) -> None:
-        """Give up the descriptor; the memory goes with its last user."""
+        """Close the descriptor. The memory is freed with its last user."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
 
 def map_segment(segment: messages.Segment) -> np.ndarray | None:
-    """Map another process's segment for reading (uint8, without its header); None where it cannot be had."""
+    """Map another process's segment for reading (uint8, without its header). Return None if it cannot be mapped."""
     try:
         file = os.open(f"/proc/{segment.pid}/fd/{segment.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -85,7 +85,7 @@ def map_segment(segment: messages.Segment) -> np.ndarray | None:
 
 
 def map_for(device: torch.device | None, segment: messages.Segment, logger: logging.Logger) -> memoryview | None:
-    """Map a segment as `map_segment` does, and pin it for a GPU, which then reads it without another copy."""
+    """Map a segment as `map_segment` does, and pin it, so that a GPU reads it without another copy."""
     data = map_segment(segment)
     if data is None:
         return None

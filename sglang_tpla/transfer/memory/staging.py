@@ -1,8 +1,8 @@
 """Sender-side staging: fixed slots that the socket and the ranks of this host read straight from.
 
-A slot is taken for one chunk and filled once. It is free again when nobody holds it: the maker, sockets that have not
-taken it yet, and each rank of this host that has not yet acknowledged the chunk. The ceiling is the memory of all
-slots; nothing is allocated beyond it. A chunk that is sent from where it lies in the pool has a slot without memory.
+A slot is taken for one chunk and filled once. The slot is free again when nobody holds it: neither the maker, nor a
+data channel that has not sent the chunk yet, nor a rank of this host that has not acknowledged the chunk yet. Staging
+never exceeds the memory of all slots. A chunk that is sent straight from the pool has a slot without memory.
 """
 
 import logging
@@ -21,21 +21,21 @@ class Slot:
     __slots__ = ("buffer", "holders", "offset", "pending", "reserved")
 
     def __init__(self, buffer: np.ndarray, offset: int) -> None:
-        self.buffer = buffer  # of no bytes where the chunk stays in the pool
+        self.buffer = buffer  # empty if the chunk stays in the pool
         self.offset = offset
-        self.reserved = False  # its memory is known to be there
-        self.pending = 0  # holds of this process: the maker, frames not yet handed over, readers
-        self.holders: list[Callable[[], None]] = []  # told when the slot is free again
+        self.reserved = False  # True once memory is reserved for the slot
+        self.pending = 0  # the number of holders: the maker, data channels, readers
+        self.holders: list[Callable[[], None]] = []  # called when the slot is free again
 
 
 class Staging:
     """A pool of slots. Not thread-safe: the agent's lock guards it.
 
     Args:
-        memory: uint8.
-        slot_bytes: of one slot.
-        reserve: called with offset and size before a slot is first used; while it raises OSError there are no more
-            slots than those that have memory.
+        memory: uint8 ``[bytes]``.
+        slot_bytes: the size of one slot.
+        reserve: called with offset and size before a slot is first used; while it raises OSError, only the slots that
+            have memory count.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Staging:
             self._reserve(slot.offset, self.slot_bytes)
         except OSError as error:
             if self.slots != self._reserved:
-                self.slots = self._reserved  # what there is, until there is more
+                self.slots = self._reserved  # until a later reservation succeeds
                 logger.warning("no memory for more than %d bytes of staging: %s", self.limit_bytes, error)
             return False
         slot.reserved = True
@@ -94,7 +94,7 @@ class Staging:
         return True
 
     def reap(self) -> bool:
-        """Free the slots that nobody holds any more. Return whether there was one."""
+        """Free the slots that nobody holds any more. Return whether there were any."""
         still = []
         freed = False
         for slot in self._busy:
@@ -115,7 +115,7 @@ PORTABLE, READ_ONLY = 1, 8  # cudaHostRegister's flags
 
 
 def pin(memory: np.ndarray) -> None:
-    """Register host memory with CUDA, so that copies to and from the device run by themselves.
+    """Register host memory with CUDA, so that copies to and from the device run asynchronously.
 
     Raises:
         RuntimeError: CUDA refused.
@@ -127,7 +127,7 @@ def pin(memory: np.ndarray) -> None:
 
 
 def unpin(address: int) -> None:
-    """Undo `pin` of the memory there: the address may be another's later, and CUDA refuses to register it twice.
+    """Undo `pin` of the memory at an address, which may be reused later: CUDA refuses to register it twice.
 
     Raises:
         RuntimeError: CUDA refused.

@@ -1,9 +1,9 @@
-"""Registration of prefill ranks at the bootstrap server: signed where there are keys, and kept up.
+"""Registration of prefill ranks at the bootstrap server: signed if there are keys, and renewed if it is lost.
 
-Decode servers learn from the bootstrap server (SGLang's, HTTP) where prefill ranks listen. With keys it takes a
-registration only with an HMAC by the prefill side's secret over method, path, body and a challenge that this very
-server gave out a moment ago and takes once. So an unsigned, a forged, a replayed registration, and one captured at
-another bootstrap server, are all refused; machines need no common clock, and the server keeps nothing for strangers.
+Decode servers learn from the bootstrap server (SGLang's, HTTP) where prefill ranks listen. With keys, that server takes
+a registration only with an HMAC by the prefill side's secret over method, path, body and a challenge that the same
+server gave out a moment ago and accepts once. So a registration is refused if it is unsigned, forged, replayed, or was
+captured at another bootstrap server. Machines need no common clock, and the server stores nothing for strangers.
 
     GET  /challenge            -> text, valid for CHALLENGE_S seconds, once
     PUT  /route                with the headers CHALLENGE_HEADER and SIGNATURE_HEADER
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 class RegistrationRefused(TransferError):
-    """The bootstrap server will not take this registration, however often it is asked."""
+    """The bootstrap server rejects this registration, and would reject it again."""
 
 
 def signing_key(secret: bytes) -> bytes:
@@ -50,18 +50,18 @@ def signing_key(secret: bytes) -> bytes:
 
 
 def sign(key: bytes, method: str, path: str, body: bytes, challenge: str) -> str:
-    """Return the HMAC-SHA256 over what a registration says, hexadecimal."""
+    """Return the HMAC-SHA256 over a registration and its challenge, in hexadecimal."""
     said = "\n".join((method, path, challenge, hashlib.sha256(body).hexdigest()))
-    # a header may hold bytes that are no text
+    # the challenge comes from a header, which may hold bytes that are not text
     return hmac.new(key, said.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()
 
 
 class Gate:
-    """What a bootstrap server asks of a registration. Not thread-safe: one event loop uses it.
+    """Checks registrations at a bootstrap server. Not thread-safe: one event loop uses it.
 
     Args:
-        secret: the prefill side's CURVE secret; None takes everyone's word, for loopback.
-        clock: seconds, growing.
+        secret: the prefill side's CURVE secret; None accepts unsigned registrations, for loopback.
+        clock: a monotonic clock in seconds.
     """
 
     def __init__(self, secret: bytes | None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -77,12 +77,12 @@ class Gate:
         return self._key is not None
 
     def challenge(self) -> str:
-        """Return a new challenge, of which the server remembers nothing."""
+        """Return a new challenge, without storing anything about it."""
         content = secrets.token_bytes(16) + struct.pack(">d", self._clock())
         return (content + self._mark(content)).hex()
 
     def wrong(self, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> str | None:
-        """Return which of REASONS refuses a registration, or None where it is good, and use its challenge up."""
+        """Return which of REASONS refuses a registration, or None if it is good. A good one uses its challenge up."""
         try:
             if len(body) > MAX_BODY_BYTES or not isinstance(json.loads(body), dict):
                 return "malformed"
@@ -125,11 +125,11 @@ class Gate:
 
 
 def submit(base_url: str, method: str, path: str, payload: Mapping[str, Any], secret: bytes | None) -> None:
-    """Send one registration, signed where there is a secret.
+    """Send one registration, signed if there is a secret.
 
     Raises:
-        RegistrationRefused: the server understood it and says no.
-        TransferError: the server is not there, or has a fault.
+        RegistrationRefused: the server answered with a status of 4xx.
+        TransferError: the server cannot be reached, or has a fault.
     """
     body = json.dumps(payload).encode()
     headers = {"Content-Type": "application/json"}
@@ -151,14 +151,14 @@ def submit(base_url: str, method: str, path: str, payload: Mapping[str, Any], se
 
 
 class Registrar:
-    """Registers one prefill rank and keeps it registered: a bootstrap server that was restarted has forgotten it.
+    """Registers one prefill rank and keeps it registered, because a restarted bootstrap server has forgotten it.
 
     Args:
-        base_url: of the bootstrap server.
-        payload: what ``PUT /route`` takes.
+        base_url: the address of the bootstrap server.
+        payload: the body of ``PUT /route``.
         place: the query of ``GET /route`` under which decode servers find this rank.
         secret: the prefill side's CURVE secret, or None.
-        period_s: seconds between two looks.
+        period_s: seconds between two checks.
     """
 
     def __init__(
@@ -176,10 +176,10 @@ class Registrar:
         self._thread = threading.Thread(target=self._keep_up, name="tpla-bootstrap", daemon=True)
 
     def start(self, patience_s: float = START_S) -> None:
-        """Register, waiting for the server to come up, then keep it up in a thread.
+        """Register, waiting for the server to come up, then keep the registration alive in a thread.
 
         Raises:
-            TransferError: refused, or the server did not come up in time.
+            TransferError: the registration was refused, or the server did not come up in time.
         """
         end = time.monotonic() + patience_s
         while True:
@@ -211,14 +211,14 @@ class Registrar:
             wrong = ""
             try:
                 self._look()
-            except Exception as error:  # whoever answers there now, this rank goes on looking
+            except Exception as error:  # the server may answer anything, and this rank keeps on checking
                 wrong = f"registration of this prefill rank: {error!r}"
             if wrong and wrong != said:
                 logger.warning("%s", wrong)
             said = wrong
 
     def _look(self) -> None:
-        """Ask as a decode server would, and register anew where the answer names nobody."""
+        """Look this rank up as a decode server would, and register anew if the server does not know it."""
         with httpx.Client(base_url=self._base_url, timeout=ASK_S, trust_env=False) as client:
             response = client.get("/route", params=dict(self._place))
         if response.status_code in (404, 503):

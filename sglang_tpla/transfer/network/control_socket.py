@@ -1,8 +1,8 @@
-"""The control socket: limits, patience and addresses of the ZMQ connection that carries messages.
+"""The control socket: limits, timeouts and addresses of the ZMQ connection that carries messages.
 
-ZMQ's own heartbeats stay off. In libzmq 4.3.5 their timer ends the process (``Assertion failed: !_io_error``) where a
-socket closes and its peer hangs up at that moment. The agents have heartbeats of their own (Ping), and the system tells
-of a silent network.
+ZMQ's own heartbeats stay off. In libzmq 4.3.5 their timer ends the process (``Assertion failed: !_io_error``) if a
+socket closes at the moment that its peer hangs up. The agents have heartbeats of their own (Ping), and TCP keep-alive
+detects a silent network.
 """
 
 import zmq
@@ -16,7 +16,7 @@ MAX_PARTS = 3
 
 
 def configure(socket: zmq.Socket, settings: Settings, max_message_bytes: int) -> None:
-    """Set the limits of a ZMQ socket, and how long it bears a silent network."""
+    """Set the limits of a ZMQ socket, and the time after which it gives up a silent network."""
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, QUEUE_FRAMES)
     socket.setsockopt(zmq.RCVHWM, QUEUE_FRAMES)
@@ -31,7 +31,9 @@ def configure(socket: zmq.Socket, settings: Settings, max_message_bytes: int) ->
 
 
 def receive_parts(socket: zmq.Socket) -> list[zmq.Frame] | None:
-    """Receive one message without blocking, at most MAX_PARTS frames of it (one more says there was more), or None."""
+    """Return the frames of one message, at most MAX_PARTS + 1 of them; the last shows that there were too many. Return
+    None if there is no message.
+    """
     try:
         parts = [socket.recv(zmq.NOBLOCK, copy=False)]
     except zmq.Again:

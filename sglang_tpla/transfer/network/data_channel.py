@@ -1,17 +1,17 @@
 """The data channel: a TCP socket beside a registered ZMQ connection, for chunks only (PROTOCOL.md).
 
-ZMQ allocates each message that comes in and hands it through two more threads; here the kernel takes payloads straight
-out of the sender's memory and copies them straight into the pool (`decode.in_place`), or into receiver staging that is
-used again while it is in the processor's caches. Where the ZMQ connection is encrypted, its Welcome names a key, and
-chunks are sealed with it (`sealing`). Both ends are used by the agent's I/O thread alone and never block.
+ZMQ allocates each message that comes in and passes it through two more threads. Here the kernel reads payloads straight
+from the sender's memory and copies them straight into the pool (`decode.in_place`), or into receiver staging that is
+reused while it is in the processor's caches. If the ZMQ connection is encrypted, its Welcome names a key, and chunks
+are sealed with that key (`sealing`). Only the agent's I/O thread uses either end, and neither end blocks.
 
     decode -> prefill   once: ``b"TPLD"``, version, the token that Welcome named: 21 bytes
     prefill -> decode   for each chunk: header bytes, payload bytes (two 32-bit big-endian numbers), header, payload,
                         the payload's checksum (8 bytes)
                sealed   the same numbers, header and its tag (16 bytes), payload, its tag (16 bytes)
 
-The checksum or tag comes last so that either end takes it of what it moves, step by step, while that is in its core's
-caches.
+The checksum or tag comes last, so that each end computes it step by step while the bytes that it moves are in its
+core's caches.
 """
 
 import os
@@ -44,8 +44,8 @@ PREAMBLE = b"TPLD\x03"
 PREAMBLE_BYTES = len(PREAMBLE) + CHANNEL_TOKEN_BYTES
 SIZES = struct.Struct(">II")
 MAX_BUFFERS = 8
-WAKE_BYTES = 1 << 20  # of a payload, before its receiver wakes up
-KEEPALIVES = 3  # of a silent network before it is given up
+WAKE_BYTES = 1 << 20  # payload bytes that must be there before a receiver is woken
+KEEPALIVES = 3  # keepalives without an answer before a silent network is given up
 BUFFER_BYTES = 4 << 20  # for sending and receiving; the system may give less
 
 
@@ -54,12 +54,12 @@ class ChannelError(SglangTplaError, ConnectionError):
 
 
 def keepalive_s(timeout_s: float) -> int:
-    """Return the seconds between keepalives of a network that is given up when it is silent for ``timeout_s``."""
+    """Return the seconds between keepalives such that a network silent for ``timeout_s`` is given up."""
     return max(1, int(timeout_s / KEEPALIVES))
 
 
 def set_up(stream: socket.socket, timeout_s: float) -> None:
-    """Set either end's options: never block, send at once, and give a silent network up after ``timeout_s``."""
+    """Set the options of either end: never block, send at once, and give up a silent network after ``timeout_s``."""
     stream.setblocking(False)
     stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL):
@@ -81,12 +81,12 @@ class OutgoingChunk:
 
     Args:
         header: copied when it is sent.
-        pieces: the payload, left as it is until ``done``, or until nobody wants it any more.
-        known: its checksum, where that is known already.
-        wanted: asked before it is begun, and after the last byte: what nobody wants any more may have changed on its
-            way, and goes with a wrong checksum or tag.
-        done: called once, when the socket has taken all of it, with the checksum where that is known; with nothing, if
-            it was left out.
+        pieces: the payload. Its bytes must not change until ``done`` is called or ``wanted`` returns False.
+        known: the payload's checksum if it is known already, else empty.
+        wanted: asked before the first byte and after the last. A chunk that is no longer wanted may have changed while
+            it was sent, so it goes with a wrong checksum or tag.
+        done: called once, when the socket has taken all of the chunk, with the checksum if that is known; or with
+            nothing, if the chunk was left out.
     """
 
     header: bytes
@@ -94,19 +94,19 @@ class OutgoingChunk:
     known: bytes
     wanted: Callable[[], bool]
     done: Callable[[bytes], None]
-    head: memoryview = field(init=False)  # once it has begun
+    head: memoryview = field(init=False)  # set when sending begins
     payload: SocketCopy | SealedOutgoing | None = None
-    tail: memoryview | None = None  # once all of the payload has gone
+    tail: memoryview | None = None  # set when all of the payload has been sent
     digest: bytes = b""
 
 
 class SendQueue:
-    """The sending end: chunks in order, as the socket takes them.
+    """The sending end: sends chunks in order, as the socket takes them.
 
-    A chunk that is no longer wanted when its turn comes is left out, one that has begun is finished.
+    A chunk that is no longer wanted when its turn comes is left out. A chunk that has been begun is finished.
 
     Args:
-        seal: None where chunks go as they are.
+        seal: seals the chunks; None to send them as they are.
     """
 
     def __init__(self, stream: socket.socket, seal: Seal | None = None) -> None:
@@ -123,7 +123,7 @@ class SendQueue:
         self._chunks.append(chunk)
 
     def flush(self) -> None:
-        """Send what the socket takes now. Raises OSError when the connection is gone."""
+        """Send as much as the socket takes now. Raises OSError when the connection is gone."""
         while self._chunks:
             chunk = self._chunks[0]
             if chunk.payload is not None or chunk.wanted():
@@ -146,7 +146,7 @@ class SendQueue:
         return payload
 
     def _send(self, chunk: OutgoingChunk, payload: SocketCopy | SealedOutgoing) -> bool:
-        """Send what the socket takes of a chunk now. Return whether the chunk has gone."""
+        """Send as much of a chunk as the socket takes now. Return whether all of it has been sent."""
         try:
             while chunk.head:
                 sent = self.stream.send(chunk.head, socket.MSG_MORE)
@@ -172,27 +172,30 @@ class SendQueue:
 
 
 class InPlace(Protocol):
-    """Where a payload goes instead of staging."""
+    """A place that a payload goes to instead of staging."""
 
     size_bytes: int
 
     def receive(self, stream: socket.socket) -> int:
-        """Take some of it from a socket. Return the bytes, 0 at the stream's end. Raises BlockingIOError, OSError."""
+        """Take some of the payload from a socket. Return how many bytes, 0 at the stream's end.
+
+        Raises BlockingIOError if there is nothing now, OSError if the connection is gone.
+        """
         ...
 
     def open_with(self, context: AEADDecryptionContext) -> None:
-        """Open with this what comes from now on."""
+        """Decrypt the bytes that come from now on with ``context``."""
         ...
 
 
 class BufferPool:
-    """Payload buffers, the one used last first: its memory is mapped and may still be cached. Thread-safe."""
+    """Payload buffers. The buffer used last is taken first: its memory is mapped and may be cached. Thread-safe."""
 
     def __init__(self) -> None:
         self._free: deque[np.ndarray] = deque(maxlen=MAX_BUFFERS)
 
     def take(self, size: int) -> memoryview:
-        """Return memory for ``size`` bytes, at most twice as large."""
+        """Return ``size`` bytes of memory, from a buffer of at most twice that size."""
         try:
             buffer = self._free.pop()
         except IndexError:
@@ -211,13 +214,13 @@ class ChunkReader:
     """The receiving end: cuts the stream into headers and payloads.
 
     Args:
-        stream: not yet connected, or connected.
-        token: told to the other side first.
+        stream: a socket, connected or about to be.
+        token: sent to the other side first.
         max_payload_bytes: a larger payload ends the channel before any memory is taken for it.
-        buffers: where payload memory comes from.
-        announce: told of each header and the bytes that follow; returns what the header says, and where the payload
-            is to land, or None for staging.
-        seal: None where chunks come as they are.
+        buffers: the source of staging memory.
+        announce: called with each header and the size of its payload; returns the decoded header, and the payload's
+            place, or None for staging.
+        seal: opens the chunks; None if they come as they are.
     """
 
     def __init__(
@@ -232,27 +235,27 @@ class ChunkReader:
         self.stream = stream
         self.sealed = seal is not None
         self.received_bytes = 0
-        self.in_place: InPlace | None = None  # what is coming goes there
+        self.in_place: InPlace | None = None  # the place of the payload that is coming, unless it is staged
         self._greeting = PREAMBLE + token
         self._limit, self._buffers, self._announce, self._seal = max_payload_bytes, buffers, announce, seal
         self._sizes = bytearray(SIZES.size)
-        self._header: memoryview | None = None  # of the chunk that is coming, once its sizes are known
-        self._said: Chunk | None = None  # and what it says, once it is whole
+        self._header: memoryview | None = None  # the header of the chunk that is coming, once its sizes are known
+        self._said: Chunk | None = None  # the decoded header, once it is whole
         self._payload_bytes = 0
-        self._payload: memoryview | InPlace | None = None  # come whole, but for its checksum
-        self._opening: AEADDecryptionContext | None = None  # of a sealed payload
-        self._intake: SealedIntake | None = None  # of one that goes into staging
+        self._payload: memoryview | InPlace | None = None  # the payload, once it is whole and only the tail is missing
+        self._opening: AEADDecryptionContext | None = None  # set for a sealed payload
+        self._intake: SealedIntake | None = None  # set for a sealed payload that goes into staging
         self._tail: bytearray | None = None
         self._low_water = 1
         self._target, self._filled, self._due_bytes = memoryview(self._sizes), 0, SIZES.size
 
     @property
     def greeted(self) -> bool:
-        """Whether the other side was told whose channel this is."""
+        """Whether the token has been sent to the other side."""
         return not self._greeting
 
     def greet(self) -> bool:
-        """Say who this is, once the connection stands. Return whether all of it has gone. Raises OSError."""
+        """Send the token once the connection is up. Return whether all of it has been sent. Raises OSError."""
         if self._greeting:
             error = self.stream.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if error:
@@ -265,13 +268,13 @@ class ChunkReader:
         return self.greeted
 
     def receive(self, budget_bytes: int) -> Iterator[tuple[Chunk, memoryview | InPlace, bytes]]:
-        """Yield each complete chunk until the socket has no more or some ``budget_bytes`` were read: what its header
-        says, its payload or the payload's place, and the checksum that was sent. Of a sealed chunk OPENED or DAMAGED
-        takes the checksum's place.
+        """Yield each complete chunk until the socket has no more or about ``budget_bytes`` were read: the decoded
+        header, the payload or the payload's place, and the checksum that was sent. For a sealed chunk, OPENED or
+        DAMAGED takes the checksum's place.
 
         Raises:
             OSError: the connection is gone.
-            FrameError: sizes out of range, a header that does not open, or what ``announce`` finds.
+            FrameError: sizes out of range, a header that does not open, or an error that ``announce`` finds.
         """
         end = self.received_bytes + budget_bytes
         while self.received_bytes < end:
@@ -305,7 +308,7 @@ class ChunkReader:
                     yield said, payload, tail
 
     def _take(self) -> int:
-        """Take some of what is due. Return the bytes, 0 at the end of the stream. Raises BlockingIOError, OSError."""
+        """Take some of the bytes due. Return how many, 0 at the end of the stream. Raises BlockingIOError, OSError."""
         payload = self.in_place or self._intake
         if payload is not None and self._said is not None and self._tail is None:
             return payload.receive(self.stream)
@@ -315,7 +318,7 @@ class ChunkReader:
         self._target, self._filled, self._due_bytes = target, 0, size_bytes
 
     def _wait_for(self, size_bytes: int) -> None:
-        """Have the socket called readable when so many bytes (or very many) are there: each wake-up has a price."""
+        """Let the poller report the socket only when so many bytes (or `WAKE_BYTES`) are there: a wake-up is costly."""
         size_bytes = min(size_bytes, WAKE_BYTES)
         if size_bytes != self._low_water:
             self._low_water = size_bytes

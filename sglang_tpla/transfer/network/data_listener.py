@@ -1,6 +1,6 @@
-"""Inside the prefill agent: the port of data channels, and which connection each channel belongs to.
+"""A prefill agent's port for data channels, and the binding of each channel to its connection.
 
-A channel is bound to a registered connection by the token that its Welcome named, once; with it goes the key of that
+The token in a connection's Welcome binds one channel to that connection, once. The channel uses the key of the same
 Welcome, if there is one. Everything here runs on the agent's I/O thread.
 """
 
@@ -15,13 +15,13 @@ from sglang_tpla.transfer.network.data_channel import PREAMBLE, PREAMBLE_BYTES, 
 from sglang_tpla.transfer.network.event_loop import IoLoop
 from sglang_tpla.transfer.network.sealing import Seal, new_key
 
-MAX_PENDING = 256  # connections that have not said whose they are
-NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # for another connection, on this machine
+MAX_PENDING = 256  # connections that have not sent a token yet
+NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # this machine has no room for a connection
 
 
 @dataclass(eq=False)
 class PendingConnection:
-    """A connection that has not said whose it is."""
+    """A connection that has not sent its whole token yet."""
 
     stream: socket.socket
     arrived: float
@@ -29,20 +29,20 @@ class PendingConnection:
 
 
 class DataListener:
-    """Listens for data channels.
+    """Accepts data channels.
 
     Args:
         io: the agent's loop.
-        host: where the agent listens.
-        port: for data channels; 0 takes one that the system chooses.
-        timeout_s: how long a pending connection, and a silent network, is borne.
-        sealed: chunks are sealed, with a key for each offer.
-        on_refused: told of each connection that is turned away.
-        on_bound: told when a connection's channel stands.
-        on_lost: told of the connection whose channel ended while it was bound.
+        host: the address that the agent listens on.
+        port: the port for data channels, or 0 to let the system choose.
+        timeout_s: the time after which a pending connection, or a silent network, is given up.
+        sealed: whether chunks are sealed, with a key for each offer.
+        on_refused: called with the reason for each connection that is turned away.
+        on_bound: called when a connection has got its channel.
+        on_lost: called with the connection whose channel has ended, and the reason.
 
     Raises:
-        OSError: nothing can listen there.
+        OSError: the port cannot be bound.
     """
 
     def __init__(
@@ -62,13 +62,13 @@ class DataListener:
         self._listener.setblocking(False)
         self.announced_port: int = self._listener.getsockname()[1]
         self._pending: list[PendingConnection] = []
-        self._offers: dict[bytes, tuple[bytes, bytes | None]] = {}  # by token: whose it is, and its key
+        self._offers: dict[bytes, tuple[bytes, bytes | None]] = {}  # by token: the connection's identity, and the key
         self._channels: dict[bytes, SendQueue] = {}  # by identity
         self._resting = False
         io.add_stream(self._listener, self._accept)
 
     def offer(self, identity: bytes) -> DataChannel:
-        """Return what a Welcome tells a connection about its channel. An earlier offer ends."""
+        """Return the offer of a channel that a connection's Welcome carries. An earlier offer or channel ends."""
         self.withdraw(identity)
         token, key = secrets.token_bytes(CHANNEL_TOKEN_BYTES), new_key() if self.sealed else None
         self._offers[token] = identity, key
@@ -102,7 +102,7 @@ class DataListener:
         return identity in self._channels
 
     def expire(self, now: float) -> None:
-        """Turn away the pending connections that said nothing in time; look for room again where there was none."""
+        """Turn away the pending connections that said nothing in time. Accept again if there was no room."""
         if self._resting:
             self._resting = False
             self._io.watch(self._listener, writable=False)
@@ -113,7 +113,7 @@ class DataListener:
         try:
             stream, _ = self._listener.accept()
         except OSError as error:
-            if error.errno in NO_ROOM:  # the connection waits, and the loop would ask for it again and again
+            if error.errno in NO_ROOM:  # the connection stays in the backlog, and the loop would spin on it
                 self._resting = True
                 self._io.rest(self._listener)
             return

@@ -1,7 +1,7 @@
-"""The I/O thread: owns every socket of an agent, runs what other threads post, and survives any one handler's error.
+"""The I/O thread: owns every socket of an agent, runs the calls that other threads post, and survives their errors.
 
-An exception in a handler is the agent's to report (`on_error`) and the loop goes on. If the loop itself
-cannot go on, `on_death` is told why: nothing ends silently.
+The agent reports an exception in a handler (`on_error`), and the loop goes on. If the loop itself cannot go on,
+`on_death` gets the reason, so that nothing ends silently.
 """
 
 import os
@@ -14,11 +14,11 @@ from typing import Any
 
 import zmq
 
-MAX_SOCKETS = 65535  # the most that ZMQ allows; a connection takes three, and its default of 1,023 ends at 341
+MAX_SOCKETS = 65535  # ZMQ's maximum; a connection takes three, and ZMQ's default of 1,023 would allow only 341
 
 
 class IoLoop:
-    """One daemon thread around a poller; the sockets and the time of an agent come from here."""
+    """One daemon thread around a poller. An agent gets its sockets and its time from here."""
 
     def __init__(self, name: str) -> None:
         self.context = zmq.Context()
@@ -42,7 +42,7 @@ class IoLoop:
         on_error: Callable[[str, BaseException], None],
         on_death: Callable[[BaseException], None],
     ) -> None:
-        """Start the thread; ``on_error`` hears of exceptions that it outlives, ``on_death`` of the one that ends it."""
+        """Start the thread. ``on_error`` gets the exceptions that it survives, ``on_death`` the one that ends it."""
         self._tick_s, self._on_tick, self._on_error, self._on_death = tick_s, on_tick, on_error, on_death
         self.thread.start()
 
@@ -54,48 +54,48 @@ class IoLoop:
         """Return a plain socket that listens on a host's address, or on every address for "*".
 
         Raises:
-            OSError: nothing can listen there.
+            OSError: the port cannot be bound.
         """
         return socket.create_server(("" if host == "*" else host, port), family=_family(host))
 
     def post(self, function: Callable[..., None], *args: Any) -> None:
-        """Run ``function(*args)`` in the thread, in order. From any thread; ignored after the end."""
+        """Run ``function(*args)`` in the thread, in order. Any thread may call this; after the end it does nothing."""
         self._posted.append((function, args))
         with self._guard:
             if not self._closed:
                 os.eventfd_write(self._wake, 1)
 
     def add(self, socket: zmq.Socket, handler: Callable[[zmq.Socket], None]) -> None:
-        """Call ``handler(socket)`` when it can be read. In the thread, or before it starts."""
+        """Call ``handler(socket)`` when a ZMQ socket can be read. Call this in the thread, or before it starts."""
         self._handlers[socket] = handler
         self._poller.register(socket, zmq.POLLIN)
 
     def remove(self, socket: zmq.Socket, linger_ms: int = 0) -> None:
-        """Stop polling a socket and close it. In the thread."""
+        """Stop polling a socket and close it. Call this in the thread."""
         if self._handlers.pop(socket, None) is not None:
             self._poller.unregister(socket)
         socket.close(linger=linger_ms)
 
     def add_stream(self, stream: socket.socket, handler: Callable[[], None]) -> None:
-        """Call ``handler()`` when a plain socket can be read (see also `watch`). As `add`."""
+        """Call ``handler()`` when a plain socket can be read (see also `watch`). Same threads as `add`."""
         self._streams[stream.fileno()] = stream, handler
         self._poller.register(stream.fileno(), zmq.POLLIN)
 
     def watch(self, stream: socket.socket, writable: bool) -> None:
-        """Also call a plain socket's handler when it can be written, or no longer. In the thread."""
+        """Also call a plain socket's handler when it is writable, or stop doing so. Call this in the thread."""
         self._poller.register(stream.fileno(), zmq.POLLIN | (zmq.POLLOUT if writable else 0))
 
     def rest(self, stream: socket.socket) -> None:
-        """Do not ask a plain socket again until it is watched. In the thread."""
+        """Do not poll a plain socket until `watch` is called for it. Call this in the thread."""
         self._poller.register(stream.fileno(), 0)
 
     def remove_stream(self, stream: socket.socket) -> None:
-        """Stop polling a plain socket, before it is closed. In the thread."""
+        """Stop polling a plain socket, before it is closed. Call this in the thread."""
         if self._streams.pop(stream.fileno(), None) is not None:
             self._poller.unregister(stream.fileno())
 
     def stop(self) -> None:
-        """End the thread, close every socket, free the context. From another thread."""
+        """End the thread, close every socket and free the context. Call this from another thread."""
         self._stopping = True
         self.post(lambda: None)
         if self.thread.is_alive() and threading.current_thread() is not self.thread:
@@ -110,11 +110,11 @@ class IoLoop:
             self.free(linger_ms=100)
 
     def free(self, linger_ms: int = 0) -> None:
-        """Free what was opened, at the loop's end or where it will not be started."""
+        """Free all sockets, at the loop's end or if the loop will not be started."""
         for polled in list(self._handlers):
             polled.close(linger=linger_ms)
         self._handlers.clear()
-        self.context.destroy(linger=linger_ms)  # what was said last goes before the streams' end is seen
+        self.context.destroy(linger=linger_ms)  # first, so that last messages go before peers see the streams end
         for stream, _ in self._streams.values():
             stream.close()
         self._streams.clear()

@@ -1,9 +1,9 @@
 """Sealed data channels: AES-256-GCM over each chunk, under a key that came in an encrypted Welcome (PROTOCOL.md).
 
-Both ends count the chunks of their channel, and the nonces with them. A chunk that was changed, left out, repeated,
-moved, or sealed for another channel does not open. The header opens before anybody acts on it. The payload is opened
-where it lies, step by step while it is in a core's caches: rows that have not been proved yet lie in pages of a room
-that cannot succeed before they are. Everything here runs on the I/O thread of the channel's agent.
+Both ends count the chunks of their channel and derive the nonces from the count. A chunk that was changed, left out,
+repeated, moved, or sealed for another channel does not open. The header is verified before anything acts on it. The
+payload is decrypted in place, step by step, while it is in a core's caches: unverified rows may thus lie in a room's
+pages, but the room cannot succeed before they are verified. Everything here runs on the I/O thread of the agent.
 """
 
 import secrets
@@ -23,23 +23,23 @@ from sglang_tpla.transfer.memory.iovec import Cursor, IoVec, one_piece
 from sglang_tpla.transfer.messages import CHANNEL_KEY_BYTES, FrameError
 
 TAG_BYTES = 16
-STEP_BYTES = 512 << 10  # sealed before it is sent, opened after it came: it stays in a core's own cache
-# of at most 64 MiB: 2^38 blocks, where the bound on telling AES from random is 2^-53
+STEP_BYTES = 512 << 10  # small enough to stay in a core's own cache between the cipher and the socket
+# so many chunks of at most 64 MiB are 2^38 blocks, where the bound on telling AES from random is 2^-53
 CHUNKS_PER_KEY = 1 << 16
 NEXT_KEY = b"tpla data channel: next key"
 
 
 def new_key() -> bytes:
-    """Return a key for one data channel, which was never used before."""
+    """Return a new random key for one data channel."""
     return secrets.token_bytes(CHANNEL_KEY_BYTES)
 
 
 class Seal:
-    """One end of a sealed channel: its key, and the number of the chunk that is under way.
+    """One end of a sealed channel: its key, and the number of the current chunk.
 
     Args:
-        key: from `new_key`, known to the two ends of this channel alone.
-        chunks_per_key: after so many the key is replaced by one derived from it, which cannot be turned back.
+        key: from `new_key`, known only to the two ends of this channel.
+        chunks_per_key: the number of chunks after which a one-way function derives the next key from this one.
     """
 
     def __init__(self, key: bytes, chunks_per_key: int = CHUNKS_PER_KEY) -> None:
@@ -53,10 +53,10 @@ class Seal:
         return self._headers.encrypt(self._nonce(0), header, sizes)
 
     def open_header(self, sizes: bytes, sealed: memoryview) -> bytes:
-        """Begin the next chunk. Return its header.
+        """Begin the next chunk. Return its header, decrypted and verified.
 
         Raises:
-            FrameError: it was not sealed as this chunk of this channel.
+            FrameError: the header was not sealed as this chunk of this channel.
         """
         self._advance()
         try:
@@ -68,13 +68,13 @@ class Seal:
             ) from None
 
     def seal_payload(self, header: bytes) -> AEADEncryptionContext:
-        """Return what seals the payload after the header that was sealed last."""
+        """Return the cipher for the payload that follows the header that was sealed last."""
         context = Cipher(self._aes, GCM(self._nonce(1))).encryptor()
         context.authenticate_additional_data(header)
         return context
 
     def open_payload(self, header: bytes) -> AEADDecryptionContext:
-        """Return what opens the payload after the header that was opened last."""
+        """Return the cipher for the payload that follows the header that was opened last."""
         context = Cipher(self._aes, GCM(self._nonce(1))).decryptor()
         context.authenticate_additional_data(header)
         return context
@@ -90,10 +90,10 @@ class Seal:
 
 
 class SealedOutgoing:
-    """A payload on its way from its pieces, sealed, into a socket.
+    """A payload that is sealed step by step and sent into a socket.
 
     Args:
-        scratch: uint8 ``[STEP_BYTES]``, this payload's until all of it has gone.
+        scratch: uint8 ``[STEP_BYTES]``, in use until all of the payload has been sent.
     """
 
     def __init__(self, pieces: IoVec, context: AEADEncryptionContext, scratch: np.ndarray) -> None:
@@ -102,10 +102,10 @@ class SealedOutgoing:
         self._step: SocketCopy | None = None  # sealed, and not yet sent
 
     def send(self, stream: socket.socket) -> int:
-        """Send what a socket takes now of one step. Return the bytes.
+        """Send as much of one step as a socket takes now. Return how many bytes.
 
         Raises:
-            BlockingIOError: it takes nothing.
+            BlockingIOError: the socket takes nothing now.
             OSError: the connection is gone.
         """
         if self._step is None or not self._step.left_bytes:
@@ -115,7 +115,7 @@ class SealedOutgoing:
         return sent
 
     def _seal(self) -> int:
-        """Seal the next step. Return its bytes."""
+        """Seal the next step into the scratch memory. Return its size in bytes."""
         size = 0
         for view in self._cursor.ahead(STEP_BYTES, MAX_PIECES):
             self._context.update_into(view, self._scratch.data[size : size + view.nbytes])
@@ -124,19 +124,19 @@ class SealedOutgoing:
         return size
 
     def digest(self) -> bytes:
-        """Return the tag, once all has gone."""
+        """Return the tag, once all of the payload has been sent. Call this once."""
         self._context.finalize()
         return self._context.tag
 
 
 class SealedIntake:
-    """A payload on its way from a socket, opened, to its pieces. Its context must prove it before it counts."""
+    """A payload that is received into its pieces and decrypted there. It counts only once `is_proved` says so."""
 
     def __init__(self, pieces: IoVec, context: AEADDecryptionContext) -> None:
         self._intake, self._cursor, self._context = SocketCopy(pieces, UNCHECKED), Cursor(pieces), context
 
     def receive(self, stream: socket.socket, limit_bytes: int = STEP_BYTES) -> int:
-        """Take what is there, as `SocketCopy.receive` does, and open it."""
+        """Take the bytes that a socket has, as `SocketCopy.receive` does, and decrypt them."""
         size = left = self._intake.receive(stream, min(limit_bytes, STEP_BYTES))
         while left:
             for view in self._cursor.ahead(left, MAX_PIECES):
@@ -147,7 +147,7 @@ class SealedIntake:
 
 
 def is_proved(context: AEADDecryptionContext, tag: bytes) -> bool:
-    """Return whether all that a context opened is what was sealed. It can be asked once."""
+    """Return whether the tag proves all that a context has decrypted. A context can be asked once."""
     try:
         context.finalize_with_tag(tag)
     except InvalidTag:

@@ -1,9 +1,9 @@
-"""Who may speak to an agent: CURVE keys and an allow-list, and when plain TCP will do.
+"""Access to an agent: CURVE keys and an allow-list, and the cases in which plain TCP will do.
 
 On loopback plain TCP is allowed. On any other address agents need keys (``SGLANG_TPLA_KEYS``, a folder made by ``python
--m sglang_tpla.transfer.keys``) or the word that nobody else can reach the port (``SGLANG_TPLA_INSECURE=1``). With keys,
-everything is encrypted, decode knows that it speaks to prefill, and prefill serves only the decode keys listed in
-``allowed``; everyone else is refused before a single frame is read, and counted.
+-m sglang_tpla.transfer.keys``) or a declaration that nobody else can reach the port (``SGLANG_TPLA_INSECURE=1``). With
+keys, everything is encrypted, decode authenticates prefill, and prefill serves only the decode keys listed in
+``allowed``; other peers are refused before a single frame is read, and counted.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Security:
         public: the public key that goes with it.
         server: the prefill side's public key, which decode checks.
         allowed: decode keys that prefill serves.
-        insecure: plain TCP on any address.
+        insecure: whether to allow plain TCP on any address.
     """
 
     secret: bytes | None = None
@@ -59,11 +59,11 @@ class Security:
 
     @classmethod
     def from_environment(cls, role: str, environ: Mapping[str, str] = os.environ) -> Security:
-        """Read the keys of a ``prefill`` or ``decode`` agent as the environment names them.
+        """Read the keys of a ``prefill`` or ``decode`` agent from the folder that the environment names.
 
         Raises:
             TransferError: a key file is missing, readable by others, or not a key; `INSECURE_VARIABLE` is neither 0 nor
-                1; or a variable with our prefix that nothing reads, behind which keys may have been meant.
+                1; or nothing reads a variable with our prefix, which may be a misspelt request for keys.
         """
         try:
             check_variables(environ, "environment")
@@ -86,7 +86,7 @@ class Security:
         """Refuse plain TCP beyond loopback.
 
         Raises:
-            TransferError: no keys, no loopback, and not declared insecure.
+            TransferError: there are no keys, ``host`` is not loopback, and the agent is not declared insecure.
         """
         if self.secret is None and not self.insecure and not is_loopback(host):
             raise TransferError(f"{what} {host} without keys would let anyone read and write caches; {REMEDY}")
@@ -99,14 +99,14 @@ class Security:
             socket.setsockopt(zmq.ZAP_DOMAIN, b"sglang-tpla")
 
     def apply_client(self, socket: zmq.Socket) -> None:
-        """Make a decode socket show its key and demand the prefill side's."""
+        """Make a decode socket present its key and demand the prefill side's."""
         if self.secret is not None:
             socket.setsockopt(zmq.CURVE_SECRETKEY, self.secret)
             socket.setsockopt(zmq.CURVE_PUBLICKEY, self.public)
             socket.setsockopt(zmq.CURVE_SERVERKEY, self.server)
 
     def answer(self, request: list[bytes]) -> tuple[list[bytes], bool]:
-        """Reply to a question of ZMQ's authentication protocol (ZAP 1.0). Return whether it was a yes."""
+        """Return the reply to a request of ZMQ's authentication protocol (ZAP 1.0), and whether it lets the peer in."""
         version, number, mechanism = request[0], request[1], request[5] if len(request) > 5 else b""
         key = zmq.utils.z85.encode(request[6]) if mechanism == b"CURVE" and len(request) == 7 else b""
         known = key in self.allowed

@@ -1,13 +1,13 @@
-"""The prefill side: one agent a rank, a ROUTER socket, and chunks out of the latent pool.
+"""The prefill side: one agent per rank, which has a ROUTER socket and sends chunks out of the latent pool.
 
 The scheduler opens rooms and hands over pages; decode ranks ask for rooms and grant credit. The agent owns its parts:
 
     Workers  threads, lock, counters
-    Router   the sockets that decode ranks connect to (I/O thread); it hands what comes to
-    Peers    the registered ranks, and with them the `Projections` that they brought; these tell
-    Rooms    what ranks ask for and confirm: they decide what becomes of each room, and with them
-    Lanes    which chunk goes next, and who has which; whereupon the
-    Sender   which has the pool, makes it and sends it off (worker threads)
+    Router   the sockets that decode ranks connect to (I/O thread); hands messages to the Peers
+    Peers    the registered ranks, and the `Projections` that they brought; hand messages about rooms to the Rooms
+    Rooms    the states of rooms, and the effect of each request and receipt on them
+    Lanes    the choice of the next chunk, and which rank has which chunks
+    Sender   makes that chunk from the pool and sends it off (worker threads)
 
 Public calls return at once, from any thread, and raise `TransferError` for misuse or when a thread of the agent has
 ended.
@@ -43,12 +43,12 @@ from sglang_tpla.transfer.workers import Workers, seconds_since
 class PrefillAgent:
     """Serves one prefill rank's latent cache to decode ranks.
 
-    It listens on ``address`` from construction to `close`. Data channels come to the port after it.
+    The agent listens on ``address`` from construction to `close`. Data channels come to the port after it.
 
     Args:
-        bind_port: 0 takes one that the system chooses.
-        advertised_port: decode ranks reach it there, and data channels at the port after it, if that is given.
-        limits: how long a prompt this server takes.
+        bind_port: the port to listen on, or 0 to let the system choose.
+        advertised_port: the port where decode ranks reach the agent (data channels: the next one), if not bind_port.
+        limits: the longest prompt that this server accepts.
     """
 
     role = "prefill"
@@ -77,7 +77,7 @@ class PrefillAgent:
         self.router = Router(workers, security, out, bind_host, bind_port, advertised_port)
         self.address = self.router.address
         self.segment = workers.make_segment()
-        # without shared memory: committed page by page as slots are first used
+        # without shared memory, the system commits these pages one by one as slots are first used
         slots_bytes = workers.settings.staging_bytes // workers.chunk_bytes * workers.chunk_bytes
         memory = self.segment.data if self.segment is not None else np.empty(slots_bytes, dtype=np.uint8)
         self._pinned = memory if pool.device.type == "cuda" else None
@@ -118,9 +118,9 @@ class PrefillAgent:
             self.segment.close()
 
     def open_room(self, room_id: int, prompt_tokens: int = 0) -> None:
-        """Open a room whose request has so many tokens (0: not known).
+        """Open a room for a request of ``prompt_tokens`` tokens (0: not known).
 
-        Requests that came earlier are bound to it; if a decode rank aborted it earlier, it fails at once.
+        Requests that came earlier are bound to the room. The room fails at once if a decode rank aborted it earlier.
 
         Raises:
             TransferError: the room is open and has not ended, or its id is out of range.
@@ -132,7 +132,7 @@ class PrefillAgent:
             self.rooms.open(room_id, prompt_tokens, now)
 
     def note_idle(self) -> None:
-        """Note that the scheduler has no request left whose room it could open. It says so often: no lock is taken."""
+        """Note that the scheduler has no request left whose room it could open. Called often, so it takes no lock."""
         self.rooms.caught_up(self.workers.io.now())
 
     def send(
@@ -151,7 +151,7 @@ class PrefillAgent:
             pages: page numbers, int32 ``[n]``, after those of earlier calls; they stay valid until the room ends.
             last: no more rows follow; ``metadata_row`` is copied now.
             metadata_row: row of the metadata buffers, with ``last``.
-            num_tokens: tokens of this call, where its last page is not full.
+            num_tokens: tokens of this call, if its last page is not full.
             after: event (``wait``, ``synchronize``) of another stream that writes rows of this call.
 
         Raises:
@@ -172,7 +172,7 @@ class PrefillAgent:
             self.rooms.send(room, Span(room.tokens, Slots(slots), ready, in_place), last, metadata, now)
 
     def decline(self, room_id: int, reason: str) -> None:
-        """Tell decode ranks that speak of a room why the scheduler refused its request."""
+        """Tell the decode ranks that ask for a room why the scheduler refused its request."""
         self.open_room(room_id)
         self.abort(room_id, reason)
         self.close_room(room_id)
@@ -272,7 +272,7 @@ def _check_pool(pool: CachePool, chunk_bytes: int) -> None:
     """Refuse a pool that a prefill rank cannot have.
 
     Raises:
-        TransferError: naming its widths and bytes.
+        TransferError: rows are not whole latents, or do not fit in a chunk; the message has widths and bytes.
     """
     row_bytes = (pool.latent_dim + pool.rope_dim) * pool.dtype.itemsize
     if any(width != pool.latent_dim for width in pool.widths) or row_bytes > chunk_bytes:

@@ -1,4 +1,4 @@
-"""What a prefill rank demands of a decode rank before it serves it: one sentence for each mismatch."""
+"""The checks that a decode rank must pass before a prefill rank serves it: one sentence for each mismatch."""
 
 from sglang_tpla.cache_rows.parts import Part
 from sglang_tpla.cache_rows.row_format import RETIRED_NAME, SENDER_DTYPES, RowFormat
@@ -14,10 +14,10 @@ def agreed_version(versions: tuple[int, int]) -> int | None:
 
 
 def announced_rows(layout: CacheLayout) -> RowFormat:
-    """Return the rows that a decode rank announced.
+    """Return the row format that a decode rank announced.
 
     Raises:
-        ValueError: there are no such rows.
+        ValueError: there is no such format.
     """
     return RowFormat.announced(layout.dtype, layout.latent_dim, layout.widths, layout.shared, layout.rope_dim)
 
@@ -25,7 +25,7 @@ def announced_rows(layout: CacheLayout) -> RowFormat:
 def mismatch(hello: Hello, pool: CachePool, metadata: MetadataRows, model_hash: str) -> str | None:
     """Return why a prefill rank with this cache cannot serve a decode rank, or None."""
     layout = hello.layout
-    # rows of a format of their own are made by the sender, out of whatever precision it has
+    # the sender makes encoded rows, and can make them from any of these dtypes
     encoded = RowFormat.is_encoded(layout.dtype) and pool.dtype in SENDER_DTYPES
     if agreed_version(hello.versions) is None:
         return (
@@ -90,7 +90,7 @@ def mismatch(hello: Hello, pool: CachePool, metadata: MetadataRows, model_hash: 
             f"projection: {layout.dtype} of widths {layout.widths[:4]}... need a projection and none was announced; "
             "start decode with --tpla-artifact"
         )
-    # what groups have in common may be longer than a row: it has two roundings of shared columns
+    # the common part may be longer than a row, because it holds two roundings of the shared columns
     row_bytes = max(max(rows.part_items(part)) for part in Part) * rows.item_dtype(pool.dtype).itemsize
     if row_bytes > hello.max_chunk_bytes:
         return (

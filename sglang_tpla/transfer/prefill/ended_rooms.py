@@ -1,4 +1,4 @@
-"""Inside the prefill agent: what is remembered of rooms that have ended, and of aborts that came before their room.
+"""A prefill agent's memory of rooms that have ended, and of aborts that came before their room was opened.
 
 Nothing waits and nothing is sent here. Everything runs under the agent's lock.
 """
@@ -9,14 +9,14 @@ from sglang_tpla.transfer.room import remember
 
 
 class EndedRooms:
-    """By decode agent, which is a process: its connections come and go."""
+    """Remembers ended generations by decode agent (a process) and not by connection: connections come and go."""
 
     def __init__(self) -> None:
-        # newest generation of a room that has ended for an agent
+        # the newest generation of a room that has ended for an agent
         self._generations: OrderedDict[tuple[int, str], int] = OrderedDict()
-        # of rooms that the scheduler has not opened: generation, reason, and when the abort came
+        # aborts of rooms that the scheduler has not opened: generation, reason, and when the abort came
         self._early_aborts: OrderedDict[tuple[int, str], tuple[int, str, float]] = OrderedDict()
-        # rooms that failed before every rank had spoken: who had, why, and when
+        # rooms that failed before every rank had asked: the agents that know of it, the reason, and when
         self._failed_unbound: OrderedDict[int, tuple[set[str], str, float]] = OrderedDict()
 
     def has_ended(self, room_id: int, agent: str, generation: int) -> bool:
@@ -33,7 +33,7 @@ class EndedRooms:
         remember(self._failed_unbound, room_id, (spoken, reason, now))
 
     def failed_unbound(self, room_id: int, agent: str) -> str | None:
-        """Return why the room failed of which this agent now speaks for the first time, or None if it did not fail."""
+        """Return why a room failed, or None if it did not fail or this agent has spoken of it before."""
         spoken, reason, _ = self._failed_unbound.get(room_id, (set(), "", 0.0))
         if not reason or agent in spoken:
             return None
@@ -50,7 +50,7 @@ class EndedRooms:
         return {key[1]: self._early_aborts.pop(key)[:2] for key in keys}
 
     def expire(self, now: float, patience_s: float) -> None:
-        """Forget the rooms for which no rank will ask any more."""
+        """Forget the early aborts and failed rooms that are older than ``patience_s``: no rank will ask for them."""
         while self._early_aborts and now - next(iter(self._early_aborts.values()))[2] > patience_s:
             self._early_aborts.popitem(last=False)
         while self._failed_unbound and now - next(iter(self._failed_unbound.values()))[2] > patience_s:

@@ -1,4 +1,4 @@
-"""Inside the prefill agent: which chunk goes next on which lane, and what becomes of those that went.
+"""The lanes of a prefill agent: the choice of the next chunk, and the receipts for chunks that were sent.
 
 Nothing waits and nothing is sent here: messages to decode ranks are put into `Outgoing`, chunks are handed out as jobs.
 Everything runs under the agent's lock.
@@ -28,22 +28,22 @@ from sglang_tpla.transfer.prefill.state import (
     Span,
 )
 
-# Chunks of one rank that wait to be read (on this host, for each thread that makes some) or to be taken by the socket
-# (of its data channel): more would be made faster than they go, and leave the processor's caches before they do.
+# Limits on one rank's chunks that wait to be read (LOCAL, per thread that makes chunks) or to be taken by the socket of
+# its data channel. More chunks would be made faster than they go, and would leave the processor's caches before that.
 LOCAL_CHUNKS = 4
 CHUNKS_AHEAD = 3
 
 
 class Lanes:
-    """The lanes of all rooms, and credit and staging as far as they hold chunks back.
+    """The lanes of all rooms, with the credit and the staging that hold chunks back.
 
     Args:
-        pool: what chunks are cut out of.
-        peers: the registered decode ranks: each has a share of staging.
-        agent, host, chunk_bytes: of this agent.
-        makers: how many threads make chunks.
-        has_channel: whether chunks can be sent to a connection.
-        wake: called where a thread that waits for a chunk may find one.
+        pool: the pool that chunks are read from.
+        peers: the registered decode ranks, each of which has a share of staging.
+        agent, host, chunk_bytes: this agent's id, its host's identity and its largest chunk.
+        makers: the number of threads that make chunks.
+        has_channel: returns whether chunks can be sent to a connection.
+        wake: called when a thread that waits for a chunk may find one.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class Lanes:
         self._agent, self._host, self._chunk_bytes = agent, host, chunk_bytes
         self._local_chunks = LOCAL_CHUNKS * makers
         self._has_channel, self._wake = has_channel, wake
-        # ranks whose lanes have chunks to send, and these lanes; the next to have a turn first
+        # ranks whose lanes have chunks to send, and these lanes; the first one has the next turn
         self.ready: OrderedDict[Peer, OrderedDict[Lane, None]] = OrderedDict()
 
-    # What rooms do
+    # Calls of rooms
 
     def form(self, room: Room) -> None:
         """Lay out the lanes of a room, once every rank has asked and said which shared segments it can read."""
@@ -102,7 +102,7 @@ class Lanes:
         self._wake()
 
     def _plan_more(self, lane: Lane) -> None:
-        """Queue the chunks by which a lane's plan has grown."""
+        """Queue the chunks that have been added to a lane's plan."""
         for sequence in range(lane.planned, len(lane.plan.rectangles)):
             lane.ahead[sequence % len(lane.ahead)].append(sequence)
             for taker in lane.takers:
@@ -119,7 +119,7 @@ class Lanes:
             plan.extend(self._pool, span)
 
     def end(self, room: Room) -> None:
-        """Drop all chunks of a room that has ended, and free those that ranks keep for it."""
+        """Drop all chunks of a room that has ended, and release those that ranks keep in their shared segments."""
         for lane in room.lanes:
             self._unqueue(lane)
             for relay in lane.relays.values():
@@ -154,10 +154,10 @@ class Lanes:
         message = messages.Finish(room.room_id, destination.generation, destination.due, room.tokens, digest)
         self._out.put(destination.peer.identity, message, room.metadata)
 
-    # What ranks say
+    # Messages of ranks
 
     def credit(self, destination: Destination, total_bytes: int) -> None:
-        """Raise a rank's credit to so many bytes in all."""
+        """Raise a rank's credit to ``total_bytes``, counted over the whole room."""
         destination.credit_bytes = max(destination.credit_bytes, total_bytes)
 
     def confirm(self, destination: Destination) -> None:
@@ -200,7 +200,7 @@ class Lanes:
             self._has_read(lane, sequence, taker)
             return
         others = {other for other in lane.takers if other is not taker}
-        if stored is None:  # its shared segment is full, or it has none
+        if stored is None:  # the rank's shared segment is full, or it has none
             lane.relays[sequence] = None
             for other in others:
                 self._repeat(lane, sequence, other)
@@ -257,7 +257,7 @@ class Lanes:
     # Connections that break and come back
 
     def take_over(self, old: Peer, new: Peer, destinations: list[Destination]) -> None:
-        """Move the rooms of a rank that has come back as another identity. They go on when it has said what it has."""
+        """Move the rooms of a rank that has come back as another identity. They wait for the rank's Resume."""
         if old in self.ready:
             self.ready[new] = self.ready.pop(old)
         for destination in destinations:
@@ -265,14 +265,14 @@ class Lanes:
             self._forget_kept(destination)
 
     def _forget_kept(self, leader: Destination) -> None:
-        """Forget the chunks that a returning rank kept for others; it has freed them, and late readers ask again."""
+        """Forget the chunks that a returning rank kept for others: it has freed them, and late readers ask again."""
         for lane in leader.lanes:
             for sequence, relay in lane.relays.items():
                 if relay is not None and relay.leader is leader:
                     lane.relays[sequence] = None
 
     def resume(self, destination: Destination, message: messages.Resume) -> None:
-        """Queue the chunks that a rank has not got, now that its connection is back."""
+        """Queue the chunks that a rank lacks, now that its connection is back."""
         destination.paused = False
         bitmaps = dict(message.applied)
         self._forget_kept(destination)
@@ -287,7 +287,7 @@ class Lanes:
             else:
                 self._count_resent(destination)
                 lane.repeat.append((sequence, destination))
-                self._has_read(lane, sequence, destination)  # whoever keeps it need not wait for that
+                self._has_read(lane, sequence, destination)  # the rank that keeps the chunk need not wait for this one
         destination.credit_bytes = destination.sent_bytes = message.credit_bytes
         destination.wanted_bytes, destination.announced_bytes = message.credit_bytes, 0
         for lane in destination.lanes:
@@ -298,10 +298,10 @@ class Lanes:
             self._finish(destination)
         self._wake()
 
-    # What goes next
+    # The next chunk
 
     def next_job(self) -> ChunkJob | None:
-        """Return the next chunk that some rank can take: ranks in turn, and each rank's lanes in turn."""
+        """Return the next chunk that some rank can take. Ranks take turns, and so do each rank's lanes."""
         self.staging.reap()
         cap = max(1, self.staging.slots // (len(self._peers) + 1))
         for peer, ready in list(self.ready.items()):
@@ -342,7 +342,7 @@ class Lanes:
         return enough
 
     def _in_place(self, lane: Lane, sequence: int) -> bool:
-        """Return whether a chunk can be sent from its rows in the pool, which do not change until their room ends."""
+        """Return whether a chunk can be sent from its rows in the pool, which do not change until the room ends."""
         plan = lane.plan
         return (
             lane.route is not Route.LOCAL
@@ -381,12 +381,12 @@ class Lanes:
                 self._deliver(job, other, takers)
 
     def hand_over(self, slot: Slot, peer: Peer) -> None:
-        """Count a chunk that a rank's data channel reads until `let_go`."""
+        """Count a chunk as held by a rank's data channel until `let_go`."""
         slot.pending += 1
         peer.queued += 1
 
     def let_go(self, slot: Slot, peer: Peer) -> None:
-        """Free a chunk that a data channel has taken, or that was left in a channel that has ended."""
+        """Release the hold of a data channel that has sent a chunk, or has ended with the chunk still queued."""
         slot.pending -= 1
         peer.queued -= 1
         self._wake()

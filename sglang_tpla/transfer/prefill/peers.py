@@ -1,4 +1,4 @@
-"""Inside the prefill agent: the decode ranks that have registered, and what each has said of itself.
+"""The decode ranks that have registered with a prefill agent, and the facts that each has announced.
 
 Nothing waits and nothing is sent here: messages to decode ranks are put into `Outgoing`. Everything runs under the
 agent's lock, and on the I/O thread.
@@ -21,15 +21,15 @@ MAX_PEERS = 4096
 
 
 class Peers:
-    """Registration of decode ranks, and of the colocated ones with each other.
+    """Registers decode ranks, and introduces colocated ones to each other.
 
     Args:
-        table: of them, by ZMQ routing id; others read it.
-        rooms: told what ranks say of rooms, and which ranks are lost or back.
-        listener: of their data channels.
-        name: of this rank, for messages.
-        limits: how long a prompt this server takes.
-        prepare: told of each rank whose projection has come.
+        table: the registered ranks by ZMQ routing id; other parts of the agent read it.
+        rooms: handles messages about rooms, and ranks that are lost or back.
+        listener: accepts the ranks' data channels.
+        name: the name of this rank in messages.
+        limits: the longest prompt that this server accepts.
+        prepare: called with each rank whose projection is complete.
         segment: the shared segment of this agent, if it has one.
     """
 
@@ -44,7 +44,7 @@ class Peers:
         self._name, self._model_hash, self._host, self._segment = name, model_hash, host, segment
         self.limits, self._prepare, self._began = limits, prepare, workers.io.now()
 
-    # What connections bring
+    # Events of connections
 
     def message(self, identity: bytes, message: messages.Message, payload: memoryview | None, now: float) -> None:
         if isinstance(message, messages.Hello):
@@ -76,28 +76,28 @@ class Peers:
                 self._rooms.message(peer, message, now)
 
     def damaged(self, identity: bytes) -> None:
-        """Have a peer connect anew after a malformed message, so that what was lost with it comes again."""
+        """Make a peer connect anew after a malformed message, so that the lost message comes again."""
         peer = self.table.get(identity)
         if peer is not None and self._rooms.uses(peer):
             self._out.put(identity, messages.Unregistered())
 
     def channel_lost(self, identity: bytes, why: str) -> None:
-        """Have a rank connect anew whose data channel has ended: chunks on their way are lost, and none can follow."""
+        """Make a rank connect anew after its data channel has ended: chunks in flight are lost, and none can follow."""
         peer = self.table.get(identity)
         if peer is not None:
-            level = logging.WARNING if self._rooms.uses(peer) else logging.DEBUG  # who closes hangs up too
+            level = logging.WARNING if self._rooms.uses(peer) else logging.DEBUG  # a rank that closes hangs up too
             text = "prefill rank %d: data channel of %s ended: %s"
             self._workers.log.log(level, text, self._workers.rank, peer.name, why)
             self._out.put(identity, messages.Unregistered())
 
     def not_sent(self, identity: bytes, full: bool, now: float) -> None:
-        """Handle a message that could not be sent: its connection is away for a while, or its queue is ``full``."""
+        """Handle a message that could not be sent: the connection is away for a while, or its queue is ``full``."""
         peer = self.table.get(identity)
         if peer is not None and full:
             self._workers.counts["peers_lost"] += 1
             self.lose(peer, "its queue is full and it does not read", now)
         elif peer is not None:
-            peer.away = True  # until it comes back, or its time is up
+            peer.away = True  # until the peer comes back or `expire` gives it up
 
     # Registration
 
@@ -171,7 +171,7 @@ class Peers:
     # Colocated ranks
 
     def _introduce(self, host: str, now: float) -> None:
-        """Tell the ranks of a host about each other's shared segments, unless they read this rank's own."""
+        """Tell the ranks of a host about each other's shared segments, unless they read this rank's segment."""
         for peer in self._colocated(host):
             peer.maps_asked += 1
             self._name_others(peer, now)
@@ -192,7 +192,7 @@ class Peers:
     # Time
 
     def expire(self, now: float) -> None:
-        """Give up silent ranks, and ask anew what each can read: no room starts before that, and answers get lost."""
+        """Give up silent ranks. Ask again for a missing Mapped, which may be lost: no room starts without it."""
         limit = self._workers.settings.peer_timeout_s
         self._listener.expire(now)
         for peer in list(self.table.values()):

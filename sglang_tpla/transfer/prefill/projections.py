@@ -1,4 +1,4 @@
-"""Inside the prefill agent: the projections that decode ranks have registered, layer by layer.
+"""The projections that decode ranks have registered with a prefill agent, layer by layer.
 
 Everything runs under the agent's lock.
 """
@@ -18,7 +18,7 @@ MAX_PROJECTIONS = 64
 
 
 class Projections:
-    """By content hash, cut to the layers of this rank's pool."""
+    """Keeps registered projections by content hash, cut to the layers of this rank's pool."""
 
     def __init__(self, pool: CachePool) -> None:
         self._table = {IDENTITY_HASH: SenderProjection(None)}
@@ -27,7 +27,7 @@ class Projections:
         self._weights = (row_kernels if pool.device.type == "cuda" else row_kernels_reference).weights
 
     def begin(self, peer: Peer) -> None:
-        """Give a rank its projection, or await its layers."""
+        """Give a rank its projection if that is registered, or begin its upload."""
         layout = peer.hello.layout
         peer.projection = self._table.get(peer.hello.projection or IDENTITY_HASH)
         if peer.projection is None:
@@ -42,10 +42,10 @@ class Projections:
         """Take the next layer of a rank's projection. The last layer registers it.
 
         Args:
-            peers: all that are registered; projections of no others are kept.
+            peers: all registered ranks; projections that none of them uses are dropped.
 
         Returns:
-            What is wrong; empty if nothing is.
+            The error in the layer or the projection, or an empty string.
         """
         upload, layout = peer.upload, peer.hello.layout
         assert upload is not None

@@ -1,4 +1,4 @@
-"""Inside the prefill agent: the state of rooms, and what each event makes of it.
+"""The states of a prefill agent's rooms, and the effect of each event on them.
 
 Nothing waits and nothing is sent here: methods take ``now``, and messages to decode ranks are put into `Outgoing`.
 
@@ -16,19 +16,19 @@ from sglang_tpla.transfer.prefill.lanes import Lanes
 from sglang_tpla.transfer.prefill.state import Destination, Outgoing, Peer, Room, RoomRequest, Span
 from sglang_tpla.transfer.room import REFUSED, RoomState
 
-MAX_EARLY_REQUESTS = 16384  # of one peer, for rooms that the scheduler has not opened
+MAX_EARLY_REQUESTS = 16384  # from one peer, for rooms that the scheduler has not opened
 
 Progress = messages.Resume | messages.Credit | messages.Ack | messages.Nack | messages.Stored | messages.Done
 
 
 class Rooms:
-    """Every room that the scheduler has opened and not closed, and requests for others.
+    """The rooms that the scheduler has opened and not closed, and decode ranks' requests for other rooms.
 
     Args:
         peers: the registered decode ranks.
-        drop: counts and logs what is dropped.
-        wake: called where a thread that waits for a chunk may find one.
-        ended: told of every room that has, for the log.
+        drop: counts and logs a dropped message.
+        wake: called when a thread that waits for a chunk may find one.
+        ended: called with each room that has ended, for the log.
     """
 
     def __init__(
@@ -36,16 +36,16 @@ class Rooms:
         drop: Callable[[str, str], None], wake: Callable[[], None], ended: Callable[[Room], None],
     ) -> None:  # fmt: skip
         self.table: dict[int, Room] = {}
-        self.early_requests: dict[int, dict[bytes, RoomRequest]] = {}  # for rooms that are not open
+        self.early_requests: dict[int, dict[bytes, RoomRequest]] = {}  # requests for rooms that are not open
         self._ended_rooms = EndedRooms()
         self._caught_up = -math.inf  # when the scheduler last had opened a room for every request that it got
         self._settings, self._lanes, self._peers, self._out = settings, lanes, peers, out
         self._counts, self._drop, self._wake, self._ended = counts, drop, wake, ended
 
-    # What the scheduler does
+    # Calls of the scheduler
 
     def open(self, room_id: int, prompt_tokens: int, now: float) -> None:
-        """Begin a room: bind the requests that came earlier, and fail it if an abort came earlier."""
+        """Open a room: bind the requests that came earlier, and fail the room if an abort came earlier."""
         room = self.table[room_id] = Room(room_id, prompt_tokens, opened=now, progress=now, sought=now)
         self._caught_up = now
         early = self.early_requests.pop(room_id, {})
@@ -63,11 +63,11 @@ class Rooms:
             self.fail(room, aborted, now)
 
     def caught_up(self, now: float) -> None:
-        """Note that the scheduler has no request left whose room it could open. It says so without the agent's lock."""
+        """Note that the scheduler has no request left whose room it could open. Needs no lock."""
         self._caught_up = now
 
     def send(self, room: Room, span: Span, last: bool, metadata: bytes, now: float) -> None:
-        """Take rows of a room. None follow the last ones, which bring the metadata row."""
+        """Add rows to a room. The ``last`` rows bring the metadata row, and none follow them."""
         self._lanes.extend(room, span)
         room.progress = now
         room.first_send = room.first_send or now
@@ -77,7 +77,7 @@ class Rooms:
             room.state = RoomState.TRANSFERRING
         self._advance(room, now)
 
-    # What peers do
+    # Events of peers
 
     def message(self, peer: Peer, message: messages.Message, now: float) -> None:
         match message:
@@ -102,13 +102,13 @@ class Rooms:
                 self._drop("malformed_dropped", f"{name} is not for a prefill rank ({peer.name})")
 
     def mapped(self, peer: Peer, now: float) -> None:
-        """Begin the rooms that have waited for a rank to say which shared segments it can read."""
+        """Start the rooms that have waited for a rank to say which shared segments it can read."""
         for room in list(self.table.values()):
             if peer.identity in room.requests and not room.formed and not room.state.ended:
                 self._advance(room, now)
 
     def uses(self, peer: Peer) -> bool:
-        """Return whether a room that has not ended needs a connection."""
+        """Return whether a room that has not ended needs a peer's connection."""
         return any(
             destination.peer is peer and not destination.confirmed and not room.state.ended
             for room in self.table.values()
@@ -129,7 +129,7 @@ class Rooms:
         self._lanes.take_over(old, new, destinations)
 
     def lost(self, peer: Peer, reason: str, now: float) -> None:
-        """Fail every room that a rank which is gone for good has not confirmed."""
+        """Fail every room that a rank has not confirmed, because the rank is gone for good."""
         for room_id in [room_id for room_id, early in self.early_requests.items() if peer.identity in early]:
             self._drop_early(room_id, peer)
         for room in list(self.table.values()):
@@ -240,9 +240,9 @@ class Rooms:
         return request.destination if request is not None and request.message.generation == generation else None
 
     def _bind(self, room: Room, request: RoomRequest, now: float) -> None:
-        """Give a room a decode rank's request."""
+        """Bind a decode rank's request to a room, or fail the room if the request contradicts the others."""
         expected, asks = room.expected_ranks, request.message
-        if room.state.ended:  # by a request that was bound before this one
+        if room.state.ended:  # an earlier request made the room fail while `open` bound them
             self._ended_rooms.end(room.room_id, request.peer.hello.agent, asks.generation)
             self._answer_abort(asks, request.peer, room.reason)
             return
@@ -269,19 +269,19 @@ class Rooms:
             self._advance(room, now)
 
     def _advance(self, room: Room, now: float) -> None:
-        """Move a room on as far as requests and rows allow."""
+        """Advance a room as far as its requests and rows allow."""
         self._lanes.form(room)
         self._lanes.proceed(room)
         self._conclude(room, now)
 
     def _conclude(self, room: Room, now: float) -> None:
-        """End a room well once every rank that gets data has confirmed it."""
+        """End a room with success once every rank that gets data has confirmed it."""
         done = room.complete and room.last and all(other.confirmed for other in room.destinations)
         if done and not room.state.ended:
             self._end(room, RoomState.SUCCESS, "", now)
 
     def fail(self, room: Room, reason: str, now: float, but: Peer | None = None) -> None:
-        """Fail a room that has not ended, and tell its decode ranks, except for the one that asked for it."""
+        """Fail a room that has not ended, and tell its decode ranks, except ``but``, which sent the abort."""
         if room.state.ended:
             return
         for request in room.requests.values():
@@ -302,7 +302,7 @@ class Rooms:
         self._ended(room)
 
     def fail_all(self, reason: str, now: float) -> None:
-        """Fail every room, because the agent ends."""
+        """Fail every room, because the agent ends. Drop all early requests."""
         for room in list(self.table.values()):
             self.fail(room, reason, now)
         self.early_requests.clear()
@@ -317,11 +317,12 @@ class Rooms:
     # Time
 
     def expire(self, now: float) -> None:
-        """Give up the rooms and the requests that have waited for too long."""
+        """Give up the rooms and the requests that have waited too long."""
         patience = self._settings.transfer_timeout_s
         for room_id, early in list(self.early_requests.items()):
             for identity, request in list(early.items()):
-                # the scheduler opens rooms as requests come: if it has none left to open, this one's never came
+                # The scheduler opens rooms as requests come. If it has opened another room since, or has none left to
+                # open, the prefill half of this request never came.
                 passed_over = self._caught_up - request.arrived > self._settings.room_timeout_s
                 if passed_over or now - request.arrived > patience:
                     waited = self._settings.room_timeout_s if passed_over else patience
@@ -337,7 +338,7 @@ class Rooms:
                 self.fail(room, f"no progress for {patience:g} s in {room.state.name}; {asked}", now)
 
     def unwanted_reason(self, room: Room, now: float) -> str:
-        """Return why no decode rank will ask for a room that none has asked for yet, or nothing while one may."""
+        """Return why no decode rank will ever ask for a room, or nothing if one has asked or still may."""
         patience = self._settings.room_timeout_s
         if room.state.ended or room.requests:
             return ""

@@ -1,4 +1,4 @@
-"""Inside the prefill agent: the ROUTER socket that decode ranks connect to, and the port of their data channels."""
+"""A prefill agent's sockets: the ROUTER socket that decode ranks connect to, and the port of their data channels."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,14 +19,14 @@ from sglang_tpla.transfer.workers import Workers
 
 
 class Router:
-    """The sockets of a prefill agent. The I/O thread's, but for `turn`, which any thread may take.
+    """The sockets of a prefill agent. Only the I/O thread calls methods, except `turn`, which any thread may call.
 
     Args:
-        bind_port: 0 takes one that the system chooses; data channels come to the port after it.
-        advertised_port: the port that decode ranks reach it at, if that is another one.
+        bind_port: the port to listen on, or 0 to let the system choose; data channels come to the port after it.
+        advertised_port: the port where decode ranks reach this agent, if it differs from ``bind_port``; else 0.
 
     Raises:
-        TransferError: nothing can listen there.
+        TransferError: one of the ports cannot be bound.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class Router:
         return f"prefill rank {self._workers.rank} at {self.address[0]}:{self.address[1]}"
 
     def serve(self, peers: Peers, rooms: Rooms) -> None:
-        """Hand messages and lost channels to these parts from now on. Called before the threads start."""
+        """Hand messages and lost channels to ``peers`` and ``rooms`` from now on. Call before the threads start."""
         self._peers, self._rooms = peers, rooms
         self._workers.io.add(self._socket, self._receive)
-        # who has no key where one is due, or does not speak ZMQ's protocol, never gets as far as the allow-list
+        # A peer without a required key, or of another protocol than ZMQ's, never gets as far as the allow-list.
         failures = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
         self._workers.io.add(self._socket.get_monitor_socket(failures), self._handshake_failed)
 
@@ -102,7 +102,7 @@ class Router:
         self._workers.drop("refused", "a connection without a key where one is due, or of another protocol")
 
     def _authenticate(self, guard: zmq.Socket) -> None:
-        """Answer ZMQ's question whether a key may connect."""
+        """Answer ZMQ's request to authenticate a key."""
         reply, known = self._security.answer(guard.recv_multipart())
         if not known:
             self._workers.drop("refused", "a connection with a key that is not in the allow-list")
@@ -110,14 +110,14 @@ class Router:
 
     def _channel_bound(self) -> None:
         with self._workers.work:
-            self._workers.work.notify()  # chunks wait for it
+            self._workers.work.notify()  # chunks may have waited for the channel
 
     def _channel_lost(self, identity: bytes, why: str) -> None:
         with self.turn():
             self._peers.channel_lost(identity, why)
 
     def _receive(self, socket: zmq.Socket) -> None:
-        for _ in range(64):  # then let the posted sends have a turn
+        for _ in range(64):  # bounded, so that the posted sends have their turn
             parts = receive_parts(socket)
             if parts is None:
                 return
@@ -136,7 +136,7 @@ class Router:
                     self._rooms.failed(identity, getattr(message, "room", -1), message, error, now)
 
     def _refuse_version(self, identity: bytes, reason: str) -> None:
-        """Refuse a peer whose frame has another framing version; it can read `Refused` all the same."""
+        """Refuse a peer whose frame has another framing version; `Refused` has the same form in all of them."""
         with self.turn():
             self._workers.counts["refused"] += 1
             text = f"{self.name} cannot read this peer: {reason}"

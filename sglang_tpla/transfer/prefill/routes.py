@@ -1,4 +1,4 @@
-"""Which lanes a room's chunks take: every byte once to each host, where its ranks share memory."""
+"""The choice of a room's lanes: every byte travels once to each host whose ranks share memory."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -19,8 +19,8 @@ def form_lanes(
     """Return the lanes of a room to all ranks that get data.
 
     Args:
-        make_plan: an existing or new plan of the room for a projection, part, chunk size, row format and share.
-        agent: this prefill agent, whose shared segment ranks may have mapped.
+        make_plan: returns the room's existing or new plan for a projection, part, chunk size, row format and share.
+        agent: id of this prefill agent, whose shared segment ranks may have mapped.
         host: identity of this host.
         chunk_bytes: this agent's largest chunk.
     """
@@ -37,7 +37,7 @@ def form_lanes(
             together = Route.RELAY
         else:
             together = hello.agent
-        # ranks whose requests share the sending differently, or whose rows do not look alike, cannot share chunks
+        # ranks cannot share chunks if their requests name different shares of the sending or their row formats differ
         key = (hello.host, together, _share(request), request.peer.row_format.of_any_group)
         by_host[key].append(request)
     lanes = []
@@ -56,7 +56,7 @@ def form_lanes(
 
 
 def _share(request: RoomRequest) -> tuple[int, int]:
-    """Return which of the prefill ranks with the same layers this one is, and of how many."""
+    """Return this rank's index among the prefill ranks with the same layers, and their number."""
     return request.message.share_index, request.message.share_count
 
 
@@ -69,7 +69,7 @@ def _read_each_other(request: RoomRequest, requests: list[RoomRequest]) -> bool:
 
 
 def _parts(members: list[RoomRequest]) -> list[tuple[Part, list[RoomRequest]]]:
-    """Return who takes which part: a whole row if all want the same, else the common part once and each group's own."""
+    """Return the parts and their takers: whole rows if all want the same, else the common part and each group's own."""
     by_projection: dict[str, list[RoomRequest]] = defaultdict(list)
     for request in members:
         by_projection[request.peer.hello.projection or IDENTITY_HASH].append(request)

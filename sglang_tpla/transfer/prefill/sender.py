@@ -1,4 +1,4 @@
-"""Inside the prefill agent: the next chunk is gathered, projected, checksummed and sent off."""
+"""The sender of a prefill agent: it gathers, projects, checksums and sends off the next chunk."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,14 +20,14 @@ from sglang_tpla.transfer.workers import Workers
 
 
 class Sender:
-    """The worker threads' and checkers', but for `_send_chunk`, which is the I/O thread's."""
+    """Makes and sends chunks on the worker and checker threads. Only `_send_chunk` runs on the I/O thread."""
 
     def __init__(self, workers: Workers, router: Router, rooms: Rooms, lanes: Lanes, pool: CachePool) -> None:
         self._workers, self._router, self._rooms, self._lanes = workers, router, rooms, lanes
         self.reader = RowReader(pool)
 
     def prepare(self, peer: Peer) -> None:
-        """Have a checker do what the first chunk for a rank would wait for; its projection has come."""
+        """Let a checker prepare a rank's kernels, for which its first chunk would wait. The projection has come."""
         self._workers.aside(partial(self._prepare, peer))
 
     def _prepare(self, peer: Peer) -> None:
@@ -54,19 +54,19 @@ class Sender:
                 self._deliver(job, pieces, reading() or b"")
 
     def _finish(self, job: ChunkJob, pieces: IoVec, reading: Reading) -> None:
-        """Wait until a job's slot is filled, take the checksum if it was not taken on the way, and send the chunk."""
+        """Wait until a job's slot is filled, compute the checksum unless `read` did, and send the chunk."""
         with self._failing(job):
             digest = reading() or (check_pieces(pieces) if self._needs_digest(job) else b"")
             self._deliver(job, pieces, digest)
 
     @contextmanager
     def _failing(self, job: ChunkJob) -> Iterator[None]:
-        """Fail the rooms that wait for a chunk if making it raises an exception, and report the exception."""
+        """Fail the rooms that wait for a chunk if making it raises an exception, and log the exception."""
         try:
             yield
         except Exception as error:
             reason = str(error)
-            if not isinstance(error, TransferError):  # which says what is wrong with the rows themselves
+            if not isinstance(error, TransferError):  # a TransferError says what is wrong with the rows themselves
                 self._workers.handler_failed("gather", error)
                 reason = f"internal error while gathering: {error!r}"
             with self._router.turn() as now:
@@ -80,7 +80,7 @@ class Sender:
         return not (self._router.listener.sealed and direct)
 
     def _make(self, job: ChunkJob) -> tuple[IoVec, Reading]:
-        """Begin to fill the job's slot, if it has memory; return where the payload lies, and what waits for it."""
+        """Begin to fill the job's slot, if it has memory. Return the payload's place and a call that waits for it."""
         plan = job.plan
         rectangle, span = plan.rectangles[job.sequence], plan.spans[job.sequence]
         first = rectangle.first_layer
@@ -91,7 +91,7 @@ class Sender:
             pieces = self.reader.pieces(rectangle, span.slots.extents(start, rectangle.tokens))
             if self._router.listener.sealed:
                 checks = self._needs_digest(job)
-            else:  # checked on its way (`data_channel`), unless it would only wait there
+            else:  # `data_channel` computes the checksum while sending, unless the chunk would wait in a queue anyway
                 waits = any(taker.peer.queued for _, takers in job.deliveries for taker in takers)
                 checks = waits and self._workers.checks_aside
             return pieces, partial(check_pieces, pieces) if checks else lambda: None
@@ -113,7 +113,7 @@ class Sender:
                 job.plan.digests[job.sequence] = digest
             self._workers.counts["projections_computed"] += job.plan.projection.stacks is not None
             for lane, takers in job.deliveries:
-                # a rank whose connection broke meanwhile gets the chunk by another job, which its new credit is for
+                # If a rank's connection broke meanwhile, another job sends it the chunk, on its new credit.
                 chunk = (int(lane.plan.part), job.sequence)
                 takers = [taker for taker in takers if chunk in taker.unacked and taker.peer is job.peers[taker]]
                 if takers and not lane.room.state.ended:
@@ -155,7 +155,7 @@ class Sender:
     def _send_chunk(
         self, peer: Peer, job: ChunkJob, lane: Lane, message: messages.Chunk, pieces: IoVec, digest: bytes
     ) -> None:
-        """Hand a chunk to the rank's data channel; where that has ended, the rank asks again when it is back."""
+        """Hand a chunk to the rank's data channel. If the channel has ended, the rank asks again when it is back."""
 
         def done(digest: bytes) -> None:
             with self._workers.lock:

@@ -1,17 +1,17 @@
-"""What a prefill agent remembers: peers, rooms, and how each room's chunks reach the ranks that want them.
+"""The state of a prefill agent: peers, rooms, and the lanes by which a room's chunks reach the ranks that want them.
 
-A *lane* is a run of chunks that some ranks of one host all want (the whole row, its common part, or a group's
-own part), and so travels to that host once:
+A *lane* is a run of chunks that one or more ranks of a host all want (the whole row, its common part, or a group's
+own part), so that the chunks travel to that host once:
 
     LOCAL   the ranks are on this host: they read the chunk from this agent's shared segment
     DIRECT  one rank: the chunk travels to it
     RELAY   several ranks of another host: the chunk travels to one of them (they take turns), which keeps it in its
             shared segment for the others
 
-Lanes wait for their own credit and their own ranks only, so a stalled rank stalls its own rooms.
+A lane waits only for its own credit and its own ranks, so a stalled rank stalls only its own rooms.
 
-Any part of the agent may read an attribute, under the agent's lock; the one module that writes it is named beside it.
-Worker threads read what a `ChunkPlan` lists without the lock: its lists only grow.
+Any part of the agent may read an attribute, under the agent's lock; a comment names the one module that writes it.
+Worker threads read the lists of a `ChunkPlan` without the lock, because these lists only grow.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Route(enum.Enum):
 
 
 class Outgoing:
-    """Messages to decode ranks, by ZMQ routing id: they go when the agent's lock is given back (`Router.turn`)."""
+    """Messages to decode ranks, by ZMQ routing id. `Router.turn` sends them when it gives the agent's lock back."""
 
     def __init__(self) -> None:
         self._messages: list[tuple[bytes, Message, bytes | None]] = []
@@ -60,13 +60,13 @@ class Outgoing:
 class SenderProjection:
     """A registered projection, cut to this rank's layers."""
 
-    # `projection.stack_layers`, each as the `weights` of the pool's kernels; None for the raw latent
+    # the `projection.stack_layers`, each converted by `weights` of the pool's kernels; None for the raw latent
     stacks: tuple[torch.Tensor, ...] | None
 
 
 @dataclass(eq=False)
 class Upload:
-    """A projection on its way in, layer by layer."""
+    """A projection that a rank is uploading, layer by layer."""
 
     digest: Any
     next_index: int = 0
@@ -82,21 +82,21 @@ class Peer:
     hello: Hello
     last_seen: float
     announced: RowFormat  # the rows of all its layers
-    row_format: RowFormat  # those of the layers that this rank sends
+    row_format: RowFormat  # the rows of the layers in this prefill rank's pool
     away: bool = False  # its connection is gone; it may come back under another identity
     limits: Limits = NO_LIMITS
-    maps_asked: int = 0  # number of the newest list of shared segments it was sent
+    maps_asked: int = 0  # number of the newest list of shared segments that was sent to the peer
     maps_asked_at: float = 0.0
     maps_answered: int = -1
-    mapped: frozenset[str] = frozenset()  # agents whose shared segments it reads
+    mapped: frozenset[str] = frozenset()  # agents whose shared segments the peer reads
     # projections.py
     projection: SenderProjection | None = None
     upload: Upload | None = None
     # rooms.py
     early_requests: int = 0  # for rooms that the scheduler has not opened
     # lanes.py
-    slots_held: int = 0  # of staging, by chunks for it
-    queued: int = 0  # chunks for its data channel that the socket has not taken yet
+    slots_held: int = 0  # staging slots held by chunks for this peer
+    queued: int = 0  # chunks for the peer's data channel that the socket has not taken yet
 
     def release_slot(self) -> None:
         """Count a staging slot that held a chunk for this peer as free."""
@@ -114,7 +114,7 @@ class Span:
     first_token: int
     slots: Slots
     ready: tuple[Any, ...]  # events before which the rows must not be read
-    in_place: bool  # raw rows can be sent from where they lie
+    in_place: bool  # raw rows can be sent from the pool without a copy
 
 
 @dataclass(eq=False)
@@ -128,7 +128,7 @@ class ChunkPlan:
     share: range  # the layers that this rank sends, by index in its pool
     rectangles: list[Rectangle] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)  # of each rectangle
-    digests: dict[int, bytes] = field(default_factory=dict)  # sender.py: of chunks that were made
+    digests: dict[int, bytes] = field(default_factory=dict)  # sender.py writes the checksums of chunks it has made
 
     def extend(self, pool: CachePool, span: Span) -> None:
         """Number the chunks of another span."""
@@ -145,10 +145,10 @@ class ChunkPlan:
 
 @dataclass(eq=False)
 class Destination:
-    """One rank's part in a room. Only lanes.py writes it, but for ``peer``."""
+    """One rank's part in a room. Only lanes.py writes it, except for ``peer``."""
 
     room: Room
-    peer: Peer  # rooms.py, when the rank is back on another connection
+    peer: Peer  # rooms.py writes it when the rank is back on another connection
     generation: int
     lanes: list[Lane] = field(default_factory=list)
     due: int = 0  # chunks planned for this rank so far
@@ -159,18 +159,18 @@ class Destination:
     sent_bytes: int = 0
     wanted_bytes: int = 0
     announced_bytes: int = 0
-    # chunks under way, and the slot that each is read from, if that is one of this agent
+    # chunks under way; a LOCAL chunk with the slot of this agent that it is read from
     unacked: dict[ChunkId, Slot | None] = field(default_factory=dict)
     finish_sent: bool = False
     confirmed: bool = False
-    paused: bool = False  # its rank is back and has not said yet what it has, and from where credit counts
+    paused: bool = False  # the rank is back, but its Resume has not come yet
 
     def lane(self, part: int) -> Lane | None:
         """Return the lane that carries a part to this rank, or None."""
         return next((lane for lane in self.lanes if lane.plan.part == part), None)
 
     def settle(self, chunk: ChunkId) -> bool:
-        """Strike a chunk off those under way and let go of its slot. Return whether it was under way."""
+        """Remove a chunk from those under way and let go of its slot. Return whether the chunk was under way."""
         if chunk not in self.unacked:
             return False
         slot = self.unacked.pop(chunk)
@@ -197,11 +197,11 @@ class Lane:
     takers: list[Destination]
     route: Route
     planned: int = 0
-    ahead: list[deque[int]] = field(init=False)  # chunks not sent yet, of each rank that they travel to
+    ahead: list[deque[int]] = field(init=False)  # the chunks not sent yet, for each rank that they travel to
     starved: set[int] = field(default_factory=set)  # chunks that wait for credit
     # chunks to send once more, to one rank
     repeat: deque[tuple[int, Destination]] = field(default_factory=deque)
-    relays: dict[int, Relay | None] = field(default_factory=dict)  # passed on; None: no longer kept
+    relays: dict[int, Relay | None] = field(default_factory=dict)  # chunks passed on; None: no longer kept
 
     def __post_init__(self) -> None:
         self.ahead = [deque() for _ in (self.takers[:1] if self.route is Route.LOCAL else self.takers)]
@@ -216,7 +216,7 @@ class Lane:
         return not any(self.ahead)
 
     def left_bytes(self, destination: Destination) -> int:
-        """Return the chunk bytes that are still to travel to a rank."""
+        """Return the chunk bytes that must still travel to a rank."""
         if self.route is Route.LOCAL:
             return 0
         left = [sequence for sequence, other in self.repeat if other is destination]
@@ -224,7 +224,7 @@ class Lane:
         return sum(self.plan.size(sequence) for sequence in left)
 
     def heads(self) -> list[tuple[int, list[Destination]]]:
-        """Return chunks that may go next, with their ranks; each rank has a chunk of its own, so that none waits."""
+        """Return the chunks that may go next, with their ranks: one for each rank, so that no rank waits."""
         again: dict[Destination, int] = {}
         for sequence, destination in self.repeat:
             again.setdefault(destination, sequence)
@@ -244,12 +244,12 @@ class Lane:
 
 @dataclass(eq=False)
 class ChunkJob:
-    """One chunk to make, and where it goes now: lanes of several hosts may take the same one."""
+    """One chunk to make, and the lanes that it goes to now: lanes of several hosts may take the same chunk."""
 
     sequence: int
-    slot: Slot  # without memory where the chunk is sent from the pool
+    slot: Slot  # has no memory if the chunk is sent from the pool
     deliveries: list[tuple[Lane, list[Destination]]]
-    # the connection of each rank that the chunk was made for; on a later one the rank gets it by another job
+    # each rank's connection when the job was made; on a later connection the rank gets the chunk by another job
     peers: dict[Destination, Peer] = field(default_factory=dict)
 
     @property
@@ -259,12 +259,12 @@ class ChunkJob:
 
 @dataclass(eq=False)
 class RoomRequest:
-    """What a decode rank asks for. Only rooms.py writes it."""
+    """A decode rank's Request for one room. Only rooms.py writes it."""
 
     peer: Peer
     message: Request
     arrived: float
-    destination: Destination | None = None  # once a room has it; a dummy has none
+    destination: Destination | None = None  # set when the request is bound to a room; a dummy has none
 
 
 @dataclass(eq=False)
@@ -275,8 +275,8 @@ class Room:
     room_id: int
     prompt_tokens: int  # of the whole request; 0: not known
     opened: float
-    progress: float  # when a row was last handed over, or a chunk confirmed
-    sought: float  # when a decode rank was last known to want it
+    progress: float  # when a request, rows, a receipt for a chunk, or a Done last came
+    sought: float  # when a decode rank last named the room in Expected; at first, when it was opened
     state: RoomState = RoomState.BOOTSTRAPPING
     reason: str = ""
     requests: dict[bytes, RoomRequest] = field(default_factory=dict)  # by the peer's identity
@@ -284,14 +284,14 @@ class Room:
     last: bool = False
     metadata: bytes = b""
     first_send: float | None = None
-    last_send: float | None = None  # the last rows were handed over: prefill had computed the whole prompt
+    last_send: float | None = None  # when the last rows were handed over and prefill had computed the whole prompt
     ended: float | None = None
     # lanes.py
     spans: list[Span] = field(default_factory=list)
     tokens: int = 0
     plans: list[ChunkPlan] = field(default_factory=list)
     lanes: list[Lane] = field(default_factory=list)
-    formed: bool = False  # its lanes are laid out
+    formed: bool = False  # the lanes are laid out
     # sender.py
     wire_bytes: int = 0
     shared_memory_bytes: int = 0
@@ -308,7 +308,7 @@ class Room:
 
     @property
     def expected_ranks(self) -> int | None:
-        """How many ranks will ask; None before one has."""
+        """The number of ranks that will ask; None before one has asked."""
         return next((asks.expected_ranks for asks in self.messages), None)
 
     @property
