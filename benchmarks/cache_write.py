@@ -1,4 +1,4 @@
-"""What writing new tokens' rows costs in a decode step: sketched rows beside plain ones, on one GPU.
+"""Time the writing of new tokens' rows in a decode step: sketched rows beside plain ones, on one GPU.
 
     python benchmarks/cache_write.py [--out FILE]
 

@@ -1,4 +1,4 @@
-"""What one chunk costs a prefill GPU and a decode GPU: the kernels of `transfer.memory.row_kernels` beside their twins.
+"""Time one chunk on a prefill GPU and a decode GPU: the kernels of `transfer.memory.row_kernels` beside their twins.
 
     python benchmarks/chunk_kernels.py [--out FILE]
 

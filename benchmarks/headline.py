@@ -16,14 +16,15 @@ with T > 2 also 64 requests, and 8,192 tokens. The methods:
     g1-8bit      plain MLA with this package's 8-bit rows  gN, gN-scatter    TPLA, slices of 512 / N in bfloat16
     gN-sketched, gN-sketched-scatter                       TPLA on sketched rows (64 shared columns, 4 bits)
 
-"scatter" sums head outputs before ``o_proj``; otherwise it is held twice. The methods come in the order given, each for
-every model. One that fails or does not fit is noted, and the next one comes; the file is written after each. On a fresh
-machine the first one takes two minutes: SGLang's kernels are compiled, and FlashInfer's before its first. Step times
-are medians over replays of the step's graph on rank 0. Without GPUs it runs tiny ranks on the CPU, to try this file.
+"scatter" sums head outputs before ``o_proj``; otherwise g ranks hold each part of ``o_proj``. The methods run in the
+order given, each for every model. A method that fails or does not fit is noted, and the next one runs; the file is
+written after each. On a fresh machine the first method takes two minutes, because SGLang's and FlashInfer's kernels are
+compiled. Step times are medians over replays of the step's graph on rank 0. Without GPUs the script runs tiny ranks on
+the CPU, to try this file.
 
 With ``--alone`` one GPU is rank 0 of T, all process groups are PyTorch's "fake" ones, and a collective returns at once
-with the rank's own part: what it computes has no meaning, what all-reduces cost is not in the times, and every method
-is so much faster than with them. More than two GPUs were never had: all ranks of T = 4 and 8 have run on a CPU alone.
+with the rank's own part. The outputs then have no meaning, and step times leave out the collectives. All ranks of T = 4
+and 8 together have only run on a CPU.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Served, not only stepped: plain TP and TPLA behind prefill and router, under ``sglang.benchmark.serving``.
+"""Serve plain TP and TPLA over HTTP, behind a prefill server and a router, under ``sglang.benchmark.serving``.
 
     python benchmarks/serving.py --out FILE [--methods tp g1-8bit g2 g2-sketched] [--rates 0.5 2 inf] [--input 8192]
         [--seconds 96] [--first-step 1024 8192 32768] [--together]
 
 DeepSeek-V3's attention with random bfloat16 weights, experts left out (a dense feed-forward part of 512), as many
-layers as are asked for. One prefill server on the last GPU, one decode server of two ranks at a time (``--together``:
-all of them, where they fit on the GPUs beside each other) and a router, on one host; requests of random tokens arrive
-at each rate in turn, for so many seconds, end-of-sequence is ignored. For every method and rate: output tokens a second
+layers as are asked for. One host runs a prefill server on the last GPU, one decode server of two ranks at a time
+(``--together``: all of them, if they fit on the GPUs side by side) and a router. Requests of random tokens arrive at
+each rate in turn for ``--seconds``; end-of-sequence is ignored. For every method and rate: output tokens a second
 of all requests together, milliseconds between output tokens (median and 99th percentile, the first excluded), to the
 first one (median), and from the end of a prompt's prefill until every decode rank has confirmed its cache. Then, for
 each length of a prompt, the time from the end of prefill to the first decode step as `engine_gpu.py` has it, without

@@ -1,4 +1,4 @@
-"""What verifying guesses costs in attention: query lengths 2 to 4 beside a step of one token, on one GPU.
+"""Time the attention of verifying guesses: query lengths 2 to 4 beside a step of one token, on one GPU.
 
     python benchmarks/verify_kernel.py [--out FILE]
 

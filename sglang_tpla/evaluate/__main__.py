@@ -1,8 +1,8 @@
-"""``python -m sglang_tpla.evaluate``: how far an artifact's decoding is from plain MLA, and why.
+"""``python -m sglang_tpla.evaluate``: measure how far decoding with an artifact differs from plain MLA, and why.
 
 Without servers: ``--model-path M --artifact A`` measures on one process and writes JSON and an HTML page.
 With two live servers: ``--stock-url U --tpla-url V`` compares their log-probabilities through the HTTP API.
-With either, ``--task-tokens 1024 2048`` also counts the questions that are answered about facts planted in documents.
+With either, ``--task-tokens 1024 2048`` also counts the correct answers to questions about facts planted in documents.
 """
 
 import argparse
