@@ -28,7 +28,7 @@ help:  ## this list
 quickstart:  ## prefill, TPLA decode and router on this CPU: answers, agreement, cache and wire bytes (4 minutes)
 	@python=$$($(ENVIRONMENT)) && exec "$$python" examples/quickstart.py
 
-test:  ## the whole suite, but for what needs a GPU or an hour; two tests at a time. With SGLANG=0.5.23: what meets SGLang
+test:  ## what every change needs (SGLANG=0.5.23: what meets SGLang); all of it by PYTEST_ARGS='-m "not gpu"'
 	@$(WITH_PYTHON) -m pytest -m "not gpu and not slow" -n 2 --no-loadscope-reorder $(TESTS) $(PYTEST_ARGS)
 
 test-fast:  ## unit and wire tests, which need no server

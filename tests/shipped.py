@@ -1,5 +1,8 @@
 """What the repository ships, for tests: a trained checkpoint, its artifacts, and the commands as a user runs them."""
 
+import contextlib
+import importlib
+import io
 import os
 import subprocess
 import sys
@@ -21,3 +24,16 @@ def run_command(name: str, *arguments: object) -> subprocess.CompletedProcess[st
     """Run it in a process of its own."""
     words = command(name, *arguments)
     return subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, timeout=500)
+
+
+def call_command(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Call its ``main`` in this process, which has imported what a process of its own spends most of its time on."""
+    words, out, err = [*map(str, arguments)], io.StringIO(), io.StringIO()
+    main = importlib.import_module(f"sglang_tpla.{name}.__main__").main
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main(words)
+        except SystemExit as end:
+            code = end.code
+    assert isinstance(code, int), code
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())

@@ -17,7 +17,7 @@ from sglang_tpla.measure.decode_error import model_maps
 from sglang_tpla.reference_model.forward import PlainModel
 from tests.e2e.servers import Server
 
-PROMPTS, NEW_TOKENS = 4, 24
+PROMPTS, NEW_TOKENS = 2, 24
 
 
 def expected_kl(reference: Server, artifact: Artifact, model_path: str) -> tuple[list[float], list[int]]:

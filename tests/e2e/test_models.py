@@ -22,9 +22,10 @@ from tests.ports import free_ports
 from tests.random_checkpoint import CONFIGS, WRAPPERS, random_checkpoint
 
 TOKENS = 8
-# Most of these are of DeepSeek V3's kind, like the shipped checkpoint. Kimi-VL takes two minutes, and the encoder of
+# Most of these are of DeepSeek V3's kind, like the shipped checkpoint. DeepSeek V2 has another rope and full-rank
+# queries. GLM has a separate class around the same attention. Kimi-VL takes two minutes, and the encoder of
 # DeepSeek-VL2 has only one size, 1.6 GB.
-SLOW = ("kimi-k2", "kimi-k2.5", "kimi-vl", "moonlight", "deepseek-v2.5", "deepseek-v3", "deepseek-vl2")
+SLOW = ("glm-4.7-flash", "kimi-k2", "kimi-k2.5", "kimi-vl", "moonlight", "deepseek-v2.5", "deepseek-v3", "deepseek-vl2")
 
 
 def whole_latents(folder: Path, path: Path) -> Path:

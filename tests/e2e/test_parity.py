@@ -27,7 +27,7 @@ def expected(reference: Server) -> list[dict[str, Any]]:
     return reference.generate(short_prompts(PROMPTS), TOKENS, **LOGPROBS)  # type: ignore[arg-type,return-value]
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("ranks", [*(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 2)), 4])
 def test_one_group_gives_stock_tokens_and_logprobs(
     trio: Any, expected: list[dict[str, Any]], nano_mla: str, logs: Path, ranks: int
 ) -> None:

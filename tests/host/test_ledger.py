@@ -7,11 +7,13 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from sglang_tpla.host import ledger
+from tests.forking import Forks
 
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = tomllib.loads((ROOT / "patches" / "ledger.toml").read_text())["hook"]
@@ -39,18 +41,21 @@ for target in sorted(HookRegistry._patched):
 """
 
 
-def run(code: str, tmp_path: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    with Forks.start() as started:
+        yield started
+
+
+def run(forks: Forks, code: str, tmp_path: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     base = {k: v for k, v in os.environ.items() if not k.startswith("SGLANG_")}
-    path = os.pathsep.join(filter(None, [str(tmp_path or ""), str(ROOT), base.get("PYTHONPATH")]))
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path or ROOT,
-        env=base | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""} | env,
-    )  # fmt: skip
+    first, folder = ([], ROOT) if tmp_path is None else ([tmp_path], tmp_path)
+    return forks.run("-c", code, env=base | {"CUDA_VISIBLE_DEVICES": ""} | env, cwd=folder, path=first)
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_applied_set_is_the_ledger(role: str) -> None:
-    done = run(PROBE, SGLANG_TPLA_ROLE=role, SGLANG_PLATFORM="sglang_tpla_cpu")
+def test_applied_set_is_the_ledger(forks: Forks, role: str) -> None:
+    done = run(forks, PROBE, SGLANG_TPLA_ROLE=role, SGLANG_PLATFORM="sglang_tpla_cpu")
     assert done.returncode == 0, done.stderr[-2000:]
     patched = dict(re.findall(r"^PATCHED (\S+) (\S+)$", done.stdout, re.M))
     expected = {
@@ -62,8 +67,8 @@ def test_applied_set_is_the_ledger(role: str) -> None:
     assert set(patched.values()) == {"True"}
 
 
-def test_without_a_role_nothing_is_hooked() -> None:
-    done = run(PROBE)
+def test_without_a_role_nothing_is_hooked(forks: Forks) -> None:
+    done = run(forks, PROBE)
     assert done.returncode == 0 and "PATCHED" not in done.stdout, done.stdout + done.stderr[-2000:]
 
 
@@ -78,49 +83,51 @@ def test_without_a_role_nothing_is_hooked() -> None:
     ],
     ids=["changed-function", "missing-function"],
 )
-def test_a_host_that_differs_stops_the_start(tmp_path: Path, tamper, words: tuple[str, ...]) -> None:
+def test_a_host_that_differs_stops_the_start(forks: Forks, tmp_path: Path, tamper, words: tuple[str, ...]) -> None:
     package = tmp_path / "sglang_tpla"
     package.symlink_to(ROOT / "sglang_tpla")
     (tmp_path / "patches").mkdir()
     (tmp_path / "patches" / "ledger.toml").write_text(tamper((ROOT / "patches" / "ledger.toml").read_text()))
-    done = run(PROBE + "\nprint('SERVES')", tmp_path, SGLANG_TPLA_ROLE="prefill")
+    done = run(forks, PROBE + "\nprint('SERVES')", tmp_path, SGLANG_TPLA_ROLE="prefill")
     assert done.returncode != 0 and "SERVES" not in done.stdout
     assert "refuses to start" in done.stderr
     for word in words:
         assert word in done.stderr, done.stderr[-2000:]
     if "missing-function" not in os.environ.get("PYTEST_CURRENT_TEST", ""):
         loud = run(
-            PROBE + "\nprint('SERVES')", tmp_path, SGLANG_TPLA_ROLE="prefill", SGLANG_TPLA_ALLOW_UNKNOWN_HOST="1"
+            forks, PROBE + "\nprint('SERVES')", tmp_path, SGLANG_TPLA_ROLE="prefill", SGLANG_TPLA_ALLOW_UNKNOWN_HOST="1"
         )
         assert "SERVES" in loud.stdout and "SGLANG_TPLA_ALLOW_UNKNOWN_HOST" in loud.stderr
 
 
-def test_a_release_that_is_not_supported_stops_the_start() -> None:
+def test_a_release_that_is_not_supported_stops_the_start(forks: Forks) -> None:
     """The message names the release, even if no hooked target changed."""
     code = f"""
 from sglang_tpla.host import ledger
 ledger.host_version = lambda: "{RELEASE}.post1"
 """
-    done = run(code + PROBE + "\nprint('SERVES')", SGLANG_TPLA_ROLE="prefill")
+    done = run(forks, code + PROBE + "\nprint('SERVES')", SGLANG_TPLA_ROLE="prefill")
     assert done.returncode != 0 and "SERVES" not in done.stdout
     assert f"SGLang {RELEASE}.post1 is not supported (these are: 0.5.17, 0.5.19, 0.5.23)" in done.stderr
-    loud = run(code + PROBE + "\nprint('SERVES')", SGLANG_TPLA_ROLE="prefill", SGLANG_TPLA_ALLOW_UNKNOWN_HOST="1")
+    loud = run(
+        forks, code + PROBE + "\nprint('SERVES')", SGLANG_TPLA_ROLE="prefill", SGLANG_TPLA_ALLOW_UNKNOWN_HOST="1"
+    )
     assert "SERVES" in loud.stdout and "SGLANG_TPLA_ALLOW_UNKNOWN_HOST" in loud.stderr
 
 
-def test_a_hook_that_does_not_apply_stops_the_start() -> None:
+def test_a_hook_that_does_not_apply_stops_the_start(forks: Forks) -> None:
     """SGLang swallows a failure to apply, and this package must not."""
     code = """
 from sglang.srt.plugins.hook_registry import HookRegistry
 HookRegistry._apply_target = classmethod(lambda cls, target, hooks: None)
 """
-    done = run(code + PROBE + "\nprint('SERVES')", SGLANG_TPLA_ROLE="prefill")
+    done = run(forks, code + PROBE + "\nprint('SERVES')", SGLANG_TPLA_ROLE="prefill")
     assert done.returncode != 0 and "SERVES" not in done.stdout
     assert "did not apply" in done.stderr and "get_kv_class" in done.stderr
 
 
-def test_bad_settings_stop_the_start() -> None:
-    done = run(PROBE, SGLANG_TPLA_ROLE="decode", SGLANG_TPLA_GROUPS="two")
+def test_bad_settings_stop_the_start(forks: Forks) -> None:
+    done = run(forks, PROBE, SGLANG_TPLA_ROLE="decode", SGLANG_TPLA_GROUPS="two")
     assert done.returncode != 0 and "SGLANG_TPLA_GROUPS" in done.stderr and "'two'" in done.stderr
 
 
@@ -153,5 +160,5 @@ import sglang_tpla, sglang_tpla.config, sglang_tpla.plugin, sglang_tpla.calibrat
 assert threading.active_count() == 1
 assert not any(name == "sglang" or name.startswith("sglang.") for name in sys.modules)
 """
-    done = run(code)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

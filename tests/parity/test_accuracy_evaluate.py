@@ -28,7 +28,7 @@ from sglang_tpla.measure.outputs import check_outputs
 from sglang_tpla.measure.paper import paper_layers
 from sglang_tpla.measure.statistics import LayerMoments, Statistics, StatisticsMeta
 from sglang_tpla.reference_model.forward import PlainModel
-from tests.shipped import ARTIFACT, NANO, SKETCHED_ARTIFACT, run_command
+from tests.shipped import ARTIFACT, NANO, SKETCHED_ARTIFACT, call_command, run_command
 from tests.stub_server import answering
 
 ONE = ("--model-path", NANO, "--artifact", ARTIFACT, "--tokens", "64")
@@ -112,13 +112,13 @@ def test_agreement_is_where_a_greedy_tpla_answer_departs(nano_model: PlainModel,
 
 
 def evaluate(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the command with ``--out folder``, unless another is given."""
-    return run_command("evaluate", "--out", folder, *arguments)
+    """Call the command with ``--out folder``, unless another is given."""
+    return call_command("evaluate", "--out", folder, *arguments)
 
 
 def test_command_writes_json_and_a_page_with_plots(tmp_path: Path) -> None:
-    done = evaluate(
-        tmp_path,
+    done = run_command(
+        *("evaluate", "--out", tmp_path),
         *("--model-path", NANO, "--artifact", ARTIFACT, "--cache-dtype", "bf16"),
         *("--tokens", 128, "--prompt-tokens", 64, "--continuation-tokens", 64, "--long-tokens", 16),
         *("--long-answers", 2, "--needle-tokens", 128, "--needle-cases", 1),

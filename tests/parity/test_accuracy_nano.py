@@ -14,19 +14,21 @@ from tests.shipped import ARTIFACT
 
 def test_shipped_artifact_is_within_its_bar(nano_model: PlainModel, capsys: pytest.CaptureFixture[str]) -> None:
     """The KL a token is at most 0.02 over 8,192 decoded tokens, and far below that of the paper's transforms."""
-    text = read_text(TextPlan(calibration_tokens=16384, held_out_tokens=8192), nano_model.checkpoint)
+    text = read_text(TextPlan(calibration_tokens=8192, held_out_tokens=8192), nano_model.checkpoint)
     shipped = Artifact.load(ARTIFACT)
     assert shipped.meta.seed == 0  # so that this text was held out from it
     statistics = collect_statistics(nano_model, text, 0, show_progress=False)
     artifacts = {"shipped": shipped}
     for transform in ("pca", "hadamard", "identity"):
         artifacts[transform] = pipeline.closed_form(statistics, nano_model.checkpoint, transform, 2, [0] * 4, "scalar")
-    found = measure(nano_model, text.held_out, [model_maps(a, nano_model) for a in artifacts.values()], 512)
+    few = text.held_out[: len(text.held_out) // 4]  # far apart as they are
+    (whole,) = measure(nano_model, text.held_out, [model_maps(shipped, nano_model)], 512)
+    found = measure(nano_model, few, [model_maps(a, nano_model) for a in artifacts.values()], 512)
     kl = {name: errors.report().kl_mean for name, errors in zip(artifacts, found, strict=True)}
     with capsys.disabled():
         print("\nKL a token, prompt exact:", {name: round(value, 4) for name, value in kl.items()})
-    assert found[0].kl.numel() >= 8000
-    assert kl["shipped"] <= 0.02
+    assert whole.kl.numel() >= 8000
+    assert whole.report().kl_mean <= 0.02
     assert kl["shipped"] < 0.2 * kl["pca"] < kl["hadamard"] < kl["identity"]
 
 

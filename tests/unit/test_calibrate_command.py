@@ -1,4 +1,4 @@
-"""The calibration command, as a user runs it."""
+"""The calibration command: once as a user runs it, in a separate process, and otherwise through its function."""
 
 from functools import partial
 from pathlib import Path
@@ -13,18 +13,19 @@ from sglang_tpla.measure.outputs import is_artifact, is_statistics
 from sglang_tpla.measure.statistics import Statistics
 from sglang_tpla.reference_model.checkpoint import Checkpoint
 from tests.random_checkpoint import save
-from tests.shipped import ARTIFACT, NANO, SKETCHED_ARTIFACT, run_command
+from tests.shipped import ARTIFACT, NANO, ROOT, SKETCHED_ARTIFACT, call_command, run_command
 
 SMALL = ["--tokens", "2048", "--held-out-tokens", "128", "--prompt-tokens", "64", "--continuation-tokens", "64"]
 
 
 NO_WIDTH = ("--attention-backend", "flashinfer_fa3")  # this backend serves only 512
-calibrate = partial(run_command, "calibrate")
+calibrate = partial(call_command, "calibrate")
 
 
 def test_makes_an_artifact_with_provenance_twice_the_same(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        done = calibrate("--model-path", NANO, "--groups", 4, "--out", tmp_path / name, "--seed", 5, *SMALL)
+        asked = ("--model-path", NANO, "--groups", 4, "--out", tmp_path / name, "--seed", 5, *SMALL)
+        done = run_command("calibrate", *asked)
         assert done.returncode == 0, done.stderr
         assert "KL" in done.stdout
         assert "statistics" in done.stderr
@@ -69,7 +70,7 @@ def test_makes_an_artifact_with_provenance_twice_the_same(tmp_path: Path) -> Non
         (["--own-bits", "4"], "--own-bits"),
         (["--tokens", "0"], "at least 1"),
         (["--continuation-tokens", "1"], "expected --continuation-tokens to be at least 2 for an error report"),
-        (["--tokens", "1000000000"], "fewer tokens"),
+        (["--tokens", "1000000000", "--corpus", str(ROOT / "docs")], "fewer tokens"),
         (["--model-path", "/nonexistent/model"], "config.json"),
     ],
 )

@@ -13,7 +13,7 @@ from sglang_tpla.calibrate.layout_search import Point, Search, table, widening_w
 from sglang_tpla.calibrate.sketch_search import SketchedSearch
 from sglang_tpla.calibrate.transforms import TransformError
 from sglang_tpla.config import slice_width
-from tests.shipped import NANO, run_command
+from tests.shipped import NANO, call_command
 
 
 def test_walk_is_as_good_as_trying_everything() -> None:
@@ -85,9 +85,9 @@ def test_groups_are_those_that_divide_the_heads() -> None:
 
 
 def test_command_keeps_the_bound_on_held_out_text(tmp_path: Path) -> None:
-    sizes = ("--tokens", 8192, "--held-out-tokens", 1024, "--prompt-tokens", 64, "--continuation-tokens", 64)
+    sizes = ("--tokens", 4096, "--held-out-tokens", 512, "--prompt-tokens", 64, "--continuation-tokens", 64)
     asked = ("--model-path", NANO, "--out", tmp_path / "a", "--max-kl", 0.02, "--ranks", 2, *sizes)
-    calibrate = partial(run_command, "calibrate", *asked)
+    calibrate = partial(call_command, "calibrate", *asked)
     sketched = calibrate()
     assert sketched.returncode == 0, sketched.stderr
     assert "<- chosen" in sketched.stdout and "plain MLA in 8-bit rows" in sketched.stdout

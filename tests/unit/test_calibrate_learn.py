@@ -153,7 +153,9 @@ def test_resumed_run_ends_with_the_same_bits(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def learn(folder: Path, plan: LearnPlan = PLAN) -> Artifact:
+    short = replace(PLAN, trial_steps=4)
+
+    def learn(folder: Path, plan: LearnPlan = short) -> Artifact:
         return learn_model(nano_model, start, statistics, text.calibration, plan, folder)
 
     whole = learn(tmp_path / "whole")
@@ -164,8 +166,8 @@ def test_resumed_run_ends_with_the_same_bits(
     class Stop(Exception):
         pass
 
-    def stop_after_two_layers() -> None:
-        layers = iter((learn_layer, learn_layer))
+    def stop_after(count: int, plan: LearnPlan = short) -> None:
+        layers = iter([learn_layer] * count)
 
         def stopping(*arguments, **keywords):
             for learn_one in layers:
@@ -175,24 +177,23 @@ def test_resumed_run_ends_with_the_same_bits(
         with monkeypatch.context() as patch:
             patch.setattr("sglang_tpla.calibrate.learn_model.learn_layer", stopping)
             with pytest.raises(Stop):
-                learn(tmp_path / "cut")
+                learn(tmp_path / "cut", plan)
 
-    stop_after_two_layers()
+    stop_after(2)
     (folder,) = (tmp_path / "cut").iterdir()
     kept = sorted(folder.iterdir())
     assert [file.name for file in kept] == ["layer-0.safetensors", "layer-1.safetensors"]
-    resumed = learn(tmp_path / "cut")
-    assert resumed.content_hash == whole.content_hash
-    assert not (tmp_path / "cut").exists()
 
     # A damaged finished layer is named, not used.
-    stop_after_two_layers()
-    (folder,) = (tmp_path / "cut").iterdir()
-    (folder / "layer-1.safetensors").write_bytes(b"\0" * 64)
+    finished = kept[1].read_bytes()
+    kept[1].write_bytes(b"\0" * 64)
     with pytest.raises(ArtifactError, match="layer 1"):
         learn(tmp_path / "cut")
-    # Other settings do not touch the damaged file.
-    assert learn(tmp_path / "cut", replace(PLAN, seed=1)).content_hash != whole.content_hash
+    kept[1].write_bytes(finished)
+    # Other settings do not take the finished layers: they begin with the first layer.
+    stop_after(0, replace(short, seed=1))
+    resumed = learn(tmp_path / "cut")
+    assert resumed.content_hash == whole.content_hash
 
 
 @pytest.mark.slow

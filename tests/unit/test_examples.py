@@ -1,5 +1,6 @@
 """Examples answer a user's mistake with one line that says what was expected. tests/e2e/test_trio.py runs them."""
 
+import runpy
 import subprocess
 import sys
 
@@ -12,8 +13,15 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("example", ["openai_client.py", "frontend_language.py"])
-@pytest.mark.parametrize("url", ["http://127.0.0.1:{port}", "nonsense"])
+@pytest.mark.parametrize(
+    ("example", "url"),
+    [
+        ("openai_client.py", "http://127.0.0.1:{port}"),
+        ("openai_client.py", "nonsense"),
+        ("frontend_language.py", "http://127.0.0.1:{port}"),  # it imports SGLang
+        pytest.param("frontend_language.py", "nonsense", marks=pytest.mark.slow),
+    ],
+)
 def test_no_deployment_is_one_clear_error(example: str, url: str) -> None:
     url = url.format(port=free_ports(1)[0])
     done = run(f"examples/{example}", "--url", url)
@@ -31,6 +39,10 @@ def test_no_deployment_is_one_clear_error(example: str, url: str) -> None:
         (["--tokens", "-64"], "--tokens must be a multiple of 64; got -64"),
     ],
 )
-def test_sizes_of_two_agents(arguments: list[str], said: str) -> None:
-    done = run("examples/two_agents.py", *arguments)
-    assert done.returncode == 2 and said in done.stderr
+def test_sizes_of_two_agents(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["two_agents.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path("examples/two_agents.py", run_name="__main__")
+    assert end.value.code == 2 and said in capsys.readouterr().err
