@@ -20,6 +20,7 @@ FIRST_ROOM, LAST_ROOM = 1, 2**63 - 1
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 MAX_SAMPLES = 1024  # prompts times n of one request
 LARGEST_BIAS = 1e9  # a larger value over a small temperature is infinite, and sampling then ends the scheduler
+LARGEST_TEMPERATURE = 1e30  # a larger one may be infinite in float32, and masked logits over that are no numbers
 SMALLEST_PENALTY = 1e-6  # a logit over a smaller one, which in float32 may be 0, is infinite as well
 HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9_])?")
 # SGLang's own processes fill these in; a client's value would send the answer elsewhere.
@@ -192,13 +193,17 @@ def check_sampling(params: Any, limits: Limits) -> None:
     penalty = params.get("repetition_penalty")
     if isinstance(penalty, float) and 0 < penalty < SMALLEST_PENALTY:  # SGLang refuses what is not positive
         raise RequestRefused(f"sampling_params.repetition_penalty must be at least {SMALLEST_PENALTY:g}; got {penalty}")
+    temperature = params.get("temperature")
+    if isinstance(temperature, (int, float)) and temperature > LARGEST_TEMPERATURE:
+        raise RequestRefused(
+            f"sampling_params.temperature may be {LARGEST_TEMPERATURE:g} at most; got {shown(temperature)}"
+        )
     stops = params.get("stop_token_ids")
     if stops is not None:
-        # min_new_tokens masks these by their place in the vocabulary
-        last = limits.vocab - 1 if params.get("min_new_tokens") else INT32_MAX
+        # Beside any request with min_new_tokens SGLang masks those of the whole batch by their place in the vocabulary.
         for token in stops if isinstance(stops, list) else [stops]:
             if token is not None:
-                within("sampling_params.stop_token_ids", token, 0, last)
+                within("sampling_params.stop_token_ids", token, 0, limits.vocab - 1)
     bias = params.get("logit_bias")
     if bias is None:
         return
