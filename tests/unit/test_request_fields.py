@@ -42,6 +42,14 @@ def test_what_verification_ignores_is_refused_where_guesses_are_verified() -> No
         check_verified(0.1, verifies)
 
 
+def test_min_p_beside_seeds_is_refused() -> None:
+    """SGLang asserts that the two never meet, in the scheduler."""
+    seeded = replace(LIMITS, seeded=True)
+    check_verified(0.0, seeded)
+    with pytest.raises(RequestRefused, match=r"min_p does not go with --enable-deterministic-inference; got 0\.1"):
+        check_verified(0.1, seeded)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [

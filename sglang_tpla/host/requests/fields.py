@@ -51,6 +51,7 @@ class Limits:
         data_parallel: number of its prefill server's ranks that a request may name.
         own_host: host with which a server marks the requests that it sends to itself.
         speculates: whether it guesses tokens and verifies them.
+        seeded: whether it samples by the requests' seeds (``--enable-deterministic-inference``).
         labels: metric labels that a request may give (``--tokenizer-metrics-allowed-custom-labels``).
     """
 
@@ -59,6 +60,7 @@ class Limits:
     data_parallel: int
     own_host: str
     speculates: bool = False
+    seeded: bool = False
     labels: frozenset[str] = frozenset()
 
 
@@ -219,7 +221,15 @@ def check_sampling(params: Any, limits: Limits) -> None:
 
 
 def check_verified(min_p: float, limits: Limits) -> None:
-    """Refuse what SGLang ignores where it verifies guesses; the answer would not have the distribution asked for."""
+    """Refuse what SGLang ignores where it verifies guesses; the answer would not have the distribution asked for.
+
+    Beside seeds the same field is an assertion in its sampling, which ends the scheduler.
+    """
+    if limits.seeded and min_p > 0:
+        raise RequestRefused(
+            f"sampling_params.min_p does not go with --enable-deterministic-inference; got {shown(min_p)}: leave it "
+            "out (top_p and top_k are applied), or ask a server without the flag"
+        )
     if limits.speculates and min_p > 0:
         raise RequestRefused(
             f"sampling_params.min_p is not applied by a server with speculative decoding; got {shown(min_p)}: leave it "
