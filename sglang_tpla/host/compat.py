@@ -133,6 +133,13 @@ def speculates(args: Any | None) -> bool:
     return args.speculative_algorithm is not None
 
 
+def samples_by_seed(args: Any) -> bool:
+    """Whether a server samples by the requests' seeds; the second flag turns the first one on, later than here."""
+    return bool(
+        getattr(args, "enable_deterministic_inference", False) or getattr(args, "rl_on_policy_target", None) is not None
+    )
+
+
 def factory_backends(factory: Any) -> dict[str, str]:
     """Return the attention backends "prefill" and "decode" between which SGLang's ``DraftBackendFactory`` chooses.
 

@@ -64,6 +64,9 @@ def unsupported_reasons(args: Any, role: str) -> list[str]:
          "the draft's rows travel in the model's precision; drop the flag"),
         (bool(args.enable_custom_logit_processor), "--enable-custom-logit-processor", guesses,
          "SGLang applies a processor to no token that it verifies; drop one of them"),
+        (args.grammar_backend == "outlines", "--grammar-backend", "outlines",
+         "SGLang looks for each guess in a grammar's bits, which this one has not, and takes it back, which this one "
+         "cannot, so that a request with a grammar would end the server; use xgrammar or llguidance"),
         (args.device == "cpu" and min(thresholds) < 1, "--speculative-accept-threshold-single and -acc", thresholds,
          "the CPU reference platform keeps guesses by the target's probability alone; drop the flags"),
         (compat.attention_groups(args) > 1, compat.attention_groups_flag(args), guesses,

@@ -232,6 +232,8 @@ def test_a_chat_that_cannot_be_read(trio: Any, changes: dict[str, Any]) -> None:
         {"rid": "HEALTH_CHECK_1", "log_metrics": False, "bootstrap_host": "2.2.2.2", "input_ids": [999999]},
         {"sampling_params": {"repetition_penalty": 1e-300, "temperature": 1.0, "max_new_tokens": 300}},
         {"custom_labels": {"tenant": "a"}},
+        {"sampling_params": {"temperature": 1e39, "regex": "[0-9]+"}},  # masked logits over an infinite float32
+        {"sampling_params": {"stop_token_ids": [999999]}},  # beside anybody's min_new_tokens
     ],
     ids=repr,
 )

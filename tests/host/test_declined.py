@@ -189,10 +189,14 @@ def test_a_request_while_the_server_warms_up_is_checked_but_for_its_transfer() -
         edge.check_normalized(manager, obj, SimpleNamespace(method="POST"))
 
     check(99, custom_labels={"tenant": "a"})
+    assert not edge.limits(manager).seeded
     with pytest.raises(edge.RequestRefused, match="0 to 99"):
         check(100)
     with pytest.raises(edge.RequestRefused, match="custom_labels"):
         check(99, custom_labels={"other": "a"})
+    for flag in ({"enable_deterministic_inference": True}, {"rl_on_policy_target": "fsdp"}):
+        manager.server_args = SimpleNamespace(**vars(manager.server_args) | flag)
+        assert edge.limits(manager).seeded
 
 
 def test_every_field_of_this_release_is_drawn_for_odd_requests() -> None:

@@ -249,7 +249,7 @@ def arguments(**changes: Any) -> Any:
         "kv_cache_dtype": "auto", "disaggregation_decode_enable_radix_cache": False, "model_path": "m", "dp_size": 2,
         "speculative_attention_mode": "decode", "speculative_draft_attention_backend": None, "device": "cpu",
         "enable_custom_logit_processor": False, "speculative_accept_threshold_single": 1.0,
-        "speculative_accept_threshold_acc": 1.0, "revision": None,
+        "speculative_accept_threshold_acc": 1.0, "revision": None, "grammar_backend": None,
     }  # fmt: skip
     return SimpleNamespace(**{**given, **changes})
 
@@ -270,6 +270,7 @@ def arguments(**changes: Any) -> Any:
         ({"speculative_num_draft_tokens": 2}, "use 4, or drop the flag"),
         ({"speculative_num_steps": 2, "speculative_eagle_topk": 2}, "trees of guesses"),
         ({"enable_custom_logit_processor": True}, "to no token that it verifies"),
+        ({"grammar_backend": "outlines"}, "use xgrammar or llguidance"),
         ({"speculative_accept_threshold_acc": 0.5}, "by the target's probability alone"),
         ({"speculative_adaptive": True}, "one number of guesses"),
         ({"enable_multi_layer_eagle": True}, "one layer"),

@@ -137,9 +137,12 @@ def test_the_draft_takes_the_targets_embedding() -> None:
     assert model.model.embed_tokens.weight is embed and model.lm_head.weight is head
 
 
+LOGITS = [2.0, -1.0, 4.0, 0.5]
+
+
 def sampled_answer(**changes: Any) -> list[int]:
-    """Return the answer of `sample_or_verify` to one sampling request of two guesses."""
-    logits = torch.tensor([[2.0, -1.0, 4.0, 0.5]] * 3)  # [drafted tokens, vocabulary]
+    """Return the answer of `sample_or_verify` to one sampling request of two guesses; it may change ``logits``."""
+    logits = changes.pop("logits", torch.tensor([LOGITS] * 3))  # [drafted tokens, vocabulary]
     nothing = dict.fromkeys(("logit_bias", "top_ks", "top_ps"))
     info = {**nothing, "need_top_k_sampling": False, "need_top_p_sampling": False, "is_all_greedy": False}
     info |= {"temperatures": torch.ones(1, 1), **{key: value for key, value in changes.items() if key != "mask"}}
@@ -163,3 +166,10 @@ def test_a_grammar_beside_sampled_guesses_is_obeyed() -> None:
     for seed in range(20):
         torch.manual_seed(seed)
         assert sampled_answer(mask=SimpleNamespace(apply=forbid)) == [1, 1, 1]
+
+
+def test_a_bias_counts_in_log_probabilities_as_well() -> None:
+    """SGLang makes them of the logits that it verified, as of those that it samples from without speculation."""
+    bias, logits = torch.tensor([[0.0, 3.0, -1e9, 0.0]]), torch.tensor([LOGITS] * 3)
+    assert 2 not in sampled_answer(logits=logits, logit_bias=bias)
+    assert torch.equal(logits, torch.tensor([LOGITS] * 3) + bias)

@@ -42,6 +42,14 @@ def test_what_verification_ignores_is_refused_where_guesses_are_verified() -> No
         check_verified(0.1, verifies)
 
 
+def test_min_p_beside_seeds_is_refused() -> None:
+    """SGLang asserts that the two never meet, in the scheduler."""
+    seeded = replace(LIMITS, seeded=True)
+    check_verified(0.0, seeded)
+    with pytest.raises(RequestRefused, match=r"min_p does not go with --enable-deterministic-inference; got 0\.1"):
+        check_verified(0.1, seeded)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
@@ -84,6 +92,9 @@ def test_what_verification_ignores_is_refused_where_guesses_are_verified() -> No
         ("sampling_params", {"is_normalized": True}, "set by the server itself"),
         ("sampling_params", {"stop_token_ids": [-5]}, "stop_token_ids"),
         ("sampling_params", {"stop_token_ids": [1000], "min_new_tokens": 1}, "0 to 999"),
+        ("sampling_params", {"stop_token_ids": [1000]}, "0 to 999"),
+        ("sampling_params", {"temperature": 1e39}, r"temperature may be 1e\+30 at most; got 1e\+39"),
+        ("sampling_params", {"temperature": 10**400}, "temperature may be"),
         ("sampling_params", [], "an object"),
     ],
 )
@@ -103,7 +114,7 @@ def test_ids_beside_a_text_are_read_as_the_server_reads_them(ids: list[Any]) -> 
 def test_what_can_be_served_is_let_through() -> None:
     check_item(item(), LIMITS)
     check_item(item(input_ids=None, text="x", bootstrap_room=LAST_ROOM, bootstrap_port=None), LIMITS)
-    check_item(item(sampling_params={"stop_token_ids": [2000], "logit_bias": {"5": -100}}), LIMITS)
+    check_item(item(sampling_params={"stop_token_ids": [999], "logit_bias": {"5": -100}, "temperature": 2}), LIMITS)
     check_item(item(custom_labels={"tenant": "a"}, received_time=12.5, token_ids_logprob=[5] * 1000), LIMITS)
     check_item(item(sampling_params={"repetition_penalty": 0.5}), LIMITS)
 

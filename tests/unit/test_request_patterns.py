@@ -59,6 +59,15 @@ def test_a_long_row_is_seen_at_once() -> None:
             check_stops({"stop_regex": row})
 
 
+def test_stop_strings_of_great_length() -> None:
+    """64 of 20,000 characters, each of which may begin at any end of a streamed text, take 0.8 s for every token."""
+    check_stops({"stop": ["a" * 64] * 64})
+    check_stops({"stop": "a" * 4096})
+    for stop in (["a" * 65] * 64, "a" * 4097):
+        with pytest.raises(RequestRefused, match=r"stop may have 4096 characters at most, in all; got 4\d+"):
+            check_stops({"stop": stop})
+
+
 @pytest.mark.parametrize("pattern", SLOW_GRAMMARS)
 def test_counted_repetitions_of_counted_repetitions(pattern: str) -> None:
     for params in (

@@ -120,13 +120,13 @@ def sample_or_verify(
     if batch.forward_mode.is_idle() or info.is_all_greedy:
         return original(verify_input, batch, logits_output, grammar_mask, *rest, **named)
     drafts = verify_input.draft_token_num
-    logits = logits_output.next_token_logits.float()
+    logits = logits_output.next_token_logits  # changed in place: log-probabilities are made of them afterwards
     if info.logit_bias is not None:
-        logits = logits + info.logit_bias.repeat_interleave(drafts, dim=0)
+        logits.add_(info.logit_bias.repeat_interleave(drafts, dim=0))
     if grammar_mask is not None:
         grammar_mask.apply(logits)
     probabilities = limited(
-        (logits / info.temperatures.repeat_interleave(drafts, dim=0)).softmax(-1),
+        (logits.float() / info.temperatures.repeat_interleave(drafts, dim=0)).softmax(-1),
         info.top_ks.repeat_interleave(drafts, dim=0) if info.need_top_k_sampling else None,
         info.top_ps.repeat_interleave(drafts, dim=0) if info.need_top_p_sampling else None,
     )

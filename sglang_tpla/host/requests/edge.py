@@ -47,6 +47,7 @@ def limits(manager: Any) -> Limits:
     return Limits(
         manager.model_config.vocab_size, TOP_LOGPROBS, ranks, FAKE_BOOTSTRAP_HOST,
         speculates=compat.speculates(manager.server_args),
+        seeded=compat.samples_by_seed(manager.server_args),
         labels=frozenset(manager.server_args.tokenizer_metrics_allowed_custom_labels or ()),
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ FIRST_ROOM, LAST_ROOM = 1, 2**63 - 1
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 MAX_SAMPLES = 1024  # prompts times n of one request
 LARGEST_BIAS = 1e9  # a larger value over a small temperature is infinite, and sampling then ends the scheduler
+LARGEST_TEMPERATURE = 1e30  # a larger one may be infinite in float32, and masked logits over that are no numbers
 SMALLEST_PENALTY = 1e-6  # a logit over a smaller one, which in float32 may be 0, is infinite as well
 HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]{0,251}[a-z0-9_])?")
 # SGLang's own processes fill these in; a client's value would send the answer elsewhere.
@@ -50,6 +51,7 @@ class Limits:
         data_parallel: number of its prefill server's ranks that a request may name.
         own_host: host with which a server marks the requests that it sends to itself.
         speculates: whether the server guesses tokens and verifies them.
+        seeded: whether the server samples by the requests' seeds (``--enable-deterministic-inference``).
         labels: metric labels that a request may give (``--tokenizer-metrics-allowed-custom-labels``).
     """
 
@@ -58,6 +60,7 @@ class Limits:
     data_parallel: int
     own_host: str
     speculates: bool = False
+    seeded: bool = False
     labels: frozenset[str] = frozenset()
 
 
@@ -192,13 +195,18 @@ def check_sampling(params: Any, limits: Limits) -> None:
     penalty = params.get("repetition_penalty")
     if isinstance(penalty, float) and 0 < penalty < SMALLEST_PENALTY:  # SGLang refuses 0 and negative values
         raise RequestRefused(f"sampling_params.repetition_penalty must be at least {SMALLEST_PENALTY:g}; got {penalty}")
+    temperature = params.get("temperature")
+    if isinstance(temperature, (int, float)) and temperature > LARGEST_TEMPERATURE:
+        raise RequestRefused(
+            f"sampling_params.temperature may be {LARGEST_TEMPERATURE:g} at most; got {shown(temperature)}"
+        )
     stops = params.get("stop_token_ids")
     if stops is not None:
-        # SGLang masks these by their place in the vocabulary until there are min_new_tokens.
-        last = limits.vocab - 1 if params.get("min_new_tokens") else INT32_MAX
+        # If any request of a batch has min_new_tokens, SGLang masks the stop tokens of the whole batch by their place in
+        # the vocabulary.
         for token in stops if isinstance(stops, list) else [stops]:
             if token is not None:
-                within("sampling_params.stop_token_ids", token, 0, last)
+                within("sampling_params.stop_token_ids", token, 0, limits.vocab - 1)
     bias = params.get("logit_bias")
     if bias is None:
         return
@@ -214,7 +222,16 @@ def check_sampling(params: Any, limits: Limits) -> None:
 
 
 def check_verified(min_p: float, limits: Limits) -> None:
-    """Refuse ``min_p`` where SGLang verifies guesses: SGLang ignores it, and answers would be distributed otherwise."""
+    """Refuse ``min_p`` if SGLang would ignore it or assert on it.
+
+    SGLang ignores it in verification, so answers would have another distribution. With seeds its sampler asserts that
+    there is none, which ends the scheduler.
+    """
+    if limits.seeded and min_p > 0:
+        raise RequestRefused(
+            f"sampling_params.min_p does not go with --enable-deterministic-inference; got {shown(min_p)}: leave it "
+            "out (top_p and top_k are applied), or ask a server without the flag"
+        )
     if limits.speculates and min_p > 0:
         raise RequestRefused(
             f"sampling_params.min_p is not applied by a server with speculative decoding; got {shown(min_p)}: leave it "

@@ -17,6 +17,7 @@ from typing import Any
 from sglang_tpla.host.requests.fields import RequestRefused, shown
 
 MAX_STOPS = 64  # strings or patterns; SGLang searches for each after every token
+MAX_STOP_CHARACTERS = 4096  # of all strings: SGLang compares each end of a streamed text with each beginning of each
 MAX_STOP_REGEX_CHARACTERS = 1024
 MAX_GRAMMAR_CHARACTERS = 65536
 MAX_GRAMMAR_DEPTH = 128
@@ -47,6 +48,12 @@ def check_stops(params: Any) -> None:
         value = params.get(name)
         if isinstance(value, list) and len(value) > MAX_STOPS:
             raise RequestRefused(f"sampling_params.{name} may hold {MAX_STOPS} entries at most; got {len(value)}")
+    value = params.get("stop")
+    characters = sum(len(one) for one in (value if isinstance(value, list) else [value]) if isinstance(one, str))
+    if characters > MAX_STOP_CHARACTERS:
+        raise RequestRefused(
+            f"sampling_params.stop may have {MAX_STOP_CHARACTERS} characters at most, in all; got {characters}"
+        )
     value = params.get("stop_regex")
     for pattern in value if isinstance(value, list) else [value]:
         if isinstance(pattern, str):
