@@ -202,8 +202,8 @@ def check_sampling(params: Any, limits: Limits) -> None:
         )
     stops = params.get("stop_token_ids")
     if stops is not None:
-        # If any request of a batch has min_new_tokens, SGLang masks the stop tokens of the whole batch by their place in
-        # the vocabulary.
+        # If any request of a batch has min_new_tokens, SGLang masks the stop tokens of the whole batch by their place
+        # in the vocabulary.
         for token in stops if isinstance(stops, list) else [stops]:
             if token is not None:
                 within("sampling_params.stop_token_ids", token, 0, limits.vocab - 1)
