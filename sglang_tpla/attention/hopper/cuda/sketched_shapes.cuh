@@ -6,10 +6,10 @@
 // The rows of the scores' product are tokens and its columns are query rows (token, head). A warpgroup multiplies 64 tokens by
 // ROWS query rows, so few heads cost little. Codes go from the raw row straight into the registers of wgmma's left operand:
 //     scores  S [64 tokens, ROWS] = K [64, columns] Q^T            left: codes as float16 from registers
-// The values have two forms. Up to 288 columns wide (ROW_VALUES), the warps that unpack a tile for its scores also store its
-// 8-bit columns to shared memory, and a warpgroup that unpacks nothing multiplies them:
+// The values have two forms. With up to 288 columns and more than 32 query rows (ROW_VALUES), the warps that unpack a tile for its
+// scores also store its 8-bit columns to shared memory, and a warpgroup that unpacks nothing multiplies them:
 //     values  O [ROWS, columns]  += P [64, 64 tokens] V            both from shared memory
-// Wider sums do not fit the registers of that warpgroup, which then unpacks the raw rows a second time, turned (transposed):
+// Otherwise that warpgroup, whose registers cannot hold wider sums, unpacks the raw rows a second time, turned (transposed):
 //     values  O [64 columns, ROWS] += V^T [64, 64 tokens] P        left: codes, turned by ldmatrix.trans, from registers
 //
 // A code becomes float16 when its bits are put into the mantissa of a power of two. The power is subtracted from the codes or, if
