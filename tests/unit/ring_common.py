@@ -38,13 +38,13 @@ class MergingBlock(Block):
         self.shared = Memory("merge")  # holds the last segment that is only a part of its request
 
     def hand_over(self, segment: int, consumer: int) -> Steps:
-        """``hand_over()`` and ``announce()``."""
+        """``hand_over()`` with ``announce()``, and a barrier before it (the sketched kernel: ``sync_all()``)."""
         yield from self.consumers.sync(consumer)
         if consumer == 0:
             yield from self.shared.write("segment", segment)
 
     def merge(self, consumer: int) -> Steps:
-        """``merge()``, which adds up in the query's memory, and the barrier before it."""
+        """``merge()``, whose sums use the query's memory, and the barrier before it."""
         parts = [segment for segment, whole in enumerate(self.work.whole) if not whole and self.work.tiles[segment]]
         yield from self.consumers.sync(consumer)
         yield from self.shared.read(["segment"], parts[-1] if parts else None)

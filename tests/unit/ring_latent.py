@@ -1,7 +1,7 @@
 """The warps of the kernel for bfloat16 rows: ``latent_decode.cu``, ``gather.cuh``, ``attend.cuh``, ``turns.cuh``.
 
 A stage of the ring is a tile of 64 tokens, which all four warps of the producer fill. Two warpgroups of consumers
-compute scores and values: of alternate tiles in mode tokens, and each of every tile in modes rows and width.
+compute scores and values. In mode tokens they take alternate tiles; in modes rows and width each takes every tile.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class LatentBlock(MergingBlock):
     # attend.cuh
 
     def read_stage(self, slot: int, segment: int, tile: int) -> Steps:
-        """Compute scores or values of a tile: from the queueing of wgmma to the end of the wait for it."""
+        """Compute scores or values of a tile, from the start of wgmma to the end of the wait for it."""
         yield from self.ring.read([(slot, warp) for warp in WARPS], (segment, tile))
 
     def attend(self, group: int, segment: int, base: int) -> Steps:
@@ -78,7 +78,7 @@ class LatentBlock(MergingBlock):
             yield from self.empty[at.slot].arrive()
 
     def join(self, group: int, warp: int, segment: int) -> Steps:
-        """``join()``, which goes through the query's memory."""
+        """``join()``, which exchanges sums in the query's memory."""
         ours, theirs = group * 4 + warp, (1 - group) * 4 + warp
         yield from self.consumers.sync(ours)
         for turn in range(2):

@@ -1,6 +1,6 @@
 """A model of a GPU's block, as far as the rings of the Hopper kernels need it: warps, barriers, shared memory, copies.
 
-A warp is a generator, written line by line after its CUDA function. Every effect that other warps may notice is a
+A warp is a generator that follows its CUDA function line by line. Every effect that other warps may notice is a
 ``yield from`` of one of these operations, and between any two of them other warps may run for as long as they can:
 
     barrier.wait(phase), barrier.arrive()     an mbarrier; it counts warps here, and threads in CUDA
@@ -138,11 +138,11 @@ class Memory:
 
 
 class Copies:
-    """The asynchronous copies of a warp, which complete later, in the order in which they began."""
+    """The asynchronous copies of a warp, which complete later in the order of their start."""
 
     def __init__(self) -> None:
         self.under_way: deque[Callable[[], None]] = deque()
-        self.groups = 0  # groups that have begun and are not complete
+        self.groups = 0  # groups in flight
 
     def copy(self, memory: Memory, key: Hashable, content: object) -> Steps:
         token = memory.begin(key)
@@ -172,7 +172,7 @@ class Copies:
 
 
 class Role:
-    """A warp, or the memory system on a warp's behalf; only the latter may be left with work at the end."""
+    """A warp, or the memory system on a warp's behalf; at the end, only the memory system may still wait for work."""
 
     def __init__(self, name: str, steps: Steps, endless: bool) -> None:
         self.name, self.steps, self.endless = name, steps, endless
@@ -187,8 +187,8 @@ class Block:
 
     The scheduler keeps the warps in a list, lets the first warp that can move take a step, and sometimes moves a warp
     to another place. A warp at the end of the list starves; the warp at its head runs until it has to wait. Each
-    schedule draws how often a warp is moved, from at every step to hardly ever. (Priorities that change at a few random
-    points are the method of Burckhardt et al., ASPLOS 2010.)
+    schedule draws how often a warp is moved, from every step to hardly ever. (The method, priorities that change at a
+    few random points, is that of Burckhardt et al., ASPLOS 2010.)
     """
 
     def __init__(self, seed: int, trusting: bool = False) -> None:

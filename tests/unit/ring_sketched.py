@@ -75,12 +75,16 @@ class SketchedBlock(MergingBlock):
                 at.advance(2)
 
     def sync_producers(self, warp: int) -> Steps:
-        """``sync_producers()``: with an odd number of stages a stage changes hands from round to round."""
+        """``sync_producers()``, for an odd number of stages: a stage then alternates between the pairs of warps."""
         if self.stages % 2:
             yield from self.producers.sync(warp)
 
     def load_query(self, segment: int, first: bool, consumer: int) -> Steps:
-        """``load_query()``; ``consumer`` counts warps. Each warp puts into order the query that another has copied."""
+        """``load_query()``, but by way of shared memory, where another warp scales and reorders a warp's columns.
+
+        The kernel keeps the columns in registers, and has neither the first barrier nor ``atomicMax()``.
+        ``consumer`` counts warps.
+        """
         if consumer == 0:
             yield from self.largest.write("zero", segment)
         yield from self.all.sync(consumer)
@@ -106,7 +110,7 @@ class SketchedBlock(MergingBlock):
         return True in votes
 
     def find_starts(self, group: int, warp: int, segment: int) -> Steps:
-        """``find_starts()``, of which each warp computes a part."""
+        """``find_starts()``; each warp computes a part."""
         yield from self.starts.write(4 * group + warp, segment)
         yield from self.consumers.sync(4 * group + warp)
 
@@ -199,7 +203,7 @@ class SketchedBlock(MergingBlock):
             yield from self.used[group].arrive()
 
     def store(self, warp: int, segment: int) -> Steps:
-        """``store()`` of both forms: warp 0 puts `largest_values()` where scores publish their reference."""
+        """``store()`` of both forms; the memory for warp 0's `largest_values()` is that of the published reference."""
         if not self.row_values:
             if warp == 0:
                 yield from self.published.write(0, ("largest values", segment))
@@ -214,7 +218,7 @@ class SketchedBlock(MergingBlock):
     # sketched_decode.cu
 
     def consume_scores(self, group: int, warp: int) -> Steps:
-        """``consume<true>()``."""
+        """``consume()`` for roles 0 and 1."""
         consumer, base, counts = 4 * group + warp, 0, Counts()
         for segment, tiles in enumerate(self.work.tiles):
             if tiles == 0:
@@ -230,7 +234,7 @@ class SketchedBlock(MergingBlock):
         yield from self.merge(consumer)
 
     def consume_values(self, warp: int) -> Steps:
-        """``consume<false>()``."""
+        """``consume()`` for role 2."""
         consumer, base, done = 8 + warp, 0, [0, 0]
         for segment, tiles in enumerate(self.work.tiles):
             if tiles == 0:

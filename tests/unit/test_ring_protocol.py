@@ -1,4 +1,4 @@
-"""The rings of the Hopper kernels work whichever warp is late: models of their barriers run many seeded schedules.
+"""The rings of the Hopper kernels work, whichever warp is late: models of the barriers run many seeded schedules.
 
 ``TEST_RING_SCHEDULES=2000`` runs 2,000 schedules of each ring.
 """
@@ -19,7 +19,7 @@ from sglang_tpla.attention.hopper.sketched import MAX_STAGES, MIN_STAGES
 from sglang_tpla.attention.interface import DecodeShape
 
 SCHEDULES = int(os.environ.get("TEST_RING_SCHEDULES", "20"))  # schedules of each ring
-ENOUGH = 200  # schedules in which an error should show; mostly it takes one to ten
+ENOUGH = 200  # schedules in which an error should show; most errors show within ten
 Make = Callable[[int], Block]  # makes a block from a seed
 
 
@@ -130,7 +130,7 @@ def test_a_producer_must_not_wait_for_room_that_others_fill(stages: int, row_val
 @pytest.mark.parametrize("trusting", [False, True])
 @pytest.mark.parametrize("row_values", [False, True])
 def test_three_stages_are_too_few_for_half_tiles(row_values: bool, trusting: bool) -> None:
-    """A reader of values by query rows mistakes a stage. Turned values never get to their first tile."""
+    """Values by query rows take one stage for another. Turned values never reach their first tile."""
     found = "no warp can move" if not row_values else "a reader of .* sees" if trusting else "a wait for .* returns"
     with pytest.raises(RingError, match=found):
         run_schedules(sketched(3, row_values, trusting=trusting), ENOUGH)

@@ -3,7 +3,7 @@
 The kernel serves rows of at least 256 bytes (whose w_pad, rope and size are multiples of 16) with w_pad 64 to 512, r a
 multiple of 4, (g - 1) n a multiple of 8, sketch codes of 2, 3 and 4 bits, a rotary key of 64 values in 8 or 16 bits, up
 to 128 heads and query lengths 1 to 4. `sketched_tiles` serves many query rows on wide values better.
-The head of ``cuda/sketched_shapes.cuh`` explains it.
+The head of ``cuda/sketched_shapes.cuh`` explains the kernel.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ SOURCES = (
     "hopper.cuh",  # barriers, asynchronous copies, wgmma
     "sketched_shapes.cuh",  # explanation; constants of a variant
     "parts.cuh",  # a block's part of the plan
-    "sketched_common.cuh",  # what both forms share
+    "sketched_common.cuh",  # the common code of this form and of `sketched_tiles`
     "sketched_codes.cuh",  # from codes to float16
     "sketched_unpack.cuh",  # from raw rows to wgmma's operands
     "sketched_gather.cuh",  # the producer, which copies raw rows
     "sketched_query.cuh",  # the query
     "merge_shared.cuh",  # the request that a block helps to merge
     "sketched_scores.cuh",  # scores, softmax
-    "sketched_results.cuh",  # what both forms of values share
+    "sketched_results.cuh",  # the common code of both forms of values
     "sketched_{values}_values.cuh",  # the values, by query rows or turned; partial results
     "merge.cuh",  # adding up partial results
     "sketched_decode.cu",  # the consumers' loop and the kernel
@@ -38,14 +38,14 @@ SOURCES = (
 BLOCK_BYTES = 227 * 1024  # shared memory of a block
 HALF_TOKENS = TILE_TOKENS // 2  # a stage of the ring
 PANEL_BYTES = TILE_TOKENS * 128  # 64 columns of a tile's values
-MAX_STAGES, MIN_STAGES = 12, 4  # of two tiles; with fewer a reader could not tell a stage from the one before
-SMALLEST_QUERY_BYTES = 10240  # the merge adds up in the query's memory
-MAX_ACCUMULATORS = 128  # of turned values, a thread
-MAX_ROW_VALUES = 288  # columns of values by query rows, of which a thread holds half
+MAX_STAGES, MIN_STAGES = 12, 4  # half tiles; with three a reader could take a stage for the one before
+SMALLEST_QUERY_BYTES = 10240  # the merge uses the query's memory for its sums
+MAX_ACCUMULATORS = 128  # a thread's sums of turned values
+MAX_ROW_VALUES = 288  # columns of values by query rows; a thread holds half as many sums
 
 
 def unsupported_reason(rows: SketchedRows) -> str | None:
-    """The reason for which the kernel does not read such rows, or None."""
+    """Return the reason why the kernel does not read such rows, or None."""
     if rows.row_bytes % ALIGNMENT or rows.w_pad % ALIGNMENT:
         return f"rows of {rows.row_bytes} bytes are shorter than 256, and not aligned to 16"
     if not 64 <= rows.w_pad <= 512:
@@ -56,7 +56,7 @@ def unsupported_reason(rows: SketchedRows) -> str | None:
 
 
 def row_defines(rows: SketchedRows) -> dict[str, int]:
-    """The macros that say what a row is, and those of the plan."""
+    """Return the macros that describe a row, and those of the plan."""
     return {
         "LATENT": rows.w_pad,
         "SHARED": rows.shared,
@@ -80,7 +80,7 @@ class SketchedVariant:
         cache: the rows that the kernel reads.
         rows: query rows of a block, a multiple of 16.
         stages: half tiles in the ring.
-        row_values: values by query rows, from shared memory; else turned, from the raw rows.
+        row_values: whether values are by query rows, from shared memory; otherwise they are turned, from raw rows.
     """
 
     cache: SketchedRows
@@ -99,7 +99,7 @@ class SketchedVariant:
 
     @property
     def _starts(self) -> int:
-        """The sums of scores that begin with a number, as ``cuda/sketched_shapes.cuh`` counts them."""
+        """The number of score sums that do not begin with zero: kStarts in ``cuda/sketched_shapes.cuh``."""
         cache, split = self.cache, self.rows <= 32
         two = cache.shared > 0 and cache.own > 0
         apart = split and two and not self.row_values and cache.shared % 16 == 0
@@ -108,13 +108,13 @@ class SketchedVariant:
 
     @property
     def fixed_bytes(self) -> int:
-        """The shared memory behind the ring: barriers, constants, and what warps tell each other about query rows."""
+        """The bytes of shared memory behind the ring: barriers, constants, and data that warps exchange."""
         bare = 16 * self.stages + 40 + 40 + 24 + 32 + 76 + 4 * self.rows * (8 + 8 + 2 + max(self._starts, 1))
         return -(-(bare + (32 if self.row_values else 12 * self.rows + 512)) // 16) * 16
 
     @property
     def shared_bytes(self) -> int:
-        """The dynamic shared memory: query, probabilities and values of two tiles, ring, and what is fixed."""
+        """The bytes of dynamic shared memory: query, two tiles' probabilities and values, ring, and the fixed part."""
         odd = self.cache.row_bytes // 16 % 2
         stride = self.cache.row_bytes + (0 if odd else 16)
         tile = 128 * (64 if self.row_values else self.rows)
@@ -124,7 +124,7 @@ class SketchedVariant:
 
     @property
     def registers(self) -> tuple[int, int, int]:
-        """The registers of a thread of the producer, of scores and of values, 512 with scores counted twice."""
+        """The registers of a thread of the producer, of scores and of values; at most 512 with scores counted twice."""
         if self.row_values:
             values = self.cache.w_pad // 2 + 40
         else:
@@ -133,7 +133,7 @@ class SketchedVariant:
 
     @property
     def fits(self) -> bool:
-        """Whether a block has that much shared memory."""
+        """Whether the shared memory of a block suffices."""
         return self.shared_bytes <= BLOCK_BYTES
 
     @property
@@ -158,16 +158,16 @@ class SketchedVariant:
 
 
 def variant_for(shape: DecodeShape) -> SketchedVariant:
-    """The best form for ``shape``: as many query rows a block as registers and memory hold, then as many stages as fit.
+    """Return the best form for ``shape``: as many query rows, then stages, as a block's registers and memory hold.
 
     Raises:
-        AttentionInputError: no form fits a block's shared memory.
+        AttentionInputError: no form fits the shared memory of a block.
     """
     assert shape.sketched is not None
     rows, query_rows = shape.sketched, shape.heads * shape.query_len
     turned = min(64, MAX_ACCUMULATORS // -(-rows.w_pad // 64) * 2 // 16 * 16)
     forms = [(False, most) for most in range(turned, 0, -16)]
-    if rows.w_pad <= MAX_ROW_VALUES and query_rows > 32:  # fewer need little unpacking, and more of the ring
+    if rows.w_pad <= MAX_ROW_VALUES and query_rows > 32:  # with fewer, unpacking is cheap and a long ring matters more
         forms.insert(0, (True, 64))
     for row_values, most in forms:
         row_blocks = -(-query_rows // most)

@@ -1,7 +1,7 @@
 """The form of the kernel for sketched rows that serves many query rows on wide values; `decode` compiles it.
 
 The kernel unpacks every code once, to shared memory, where both products read it. With 64 query rows and w_pad 288 this
-form takes three quarters of the time of `sketched`. The head of ``cuda/tiles_shapes.cuh`` explains it.
+form takes three quarters of the time of `sketched`. The head of ``cuda/tiles_shapes.cuh`` explains the kernel.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class TiledVariant:
     def registers(self) -> tuple[int, int, int]:
         """The registers of a thread that unpacks, of one for scores and of one for values.
 
-        They add up to at most 512, with the first counted twice: two warpgroups unpack.
+        These numbers add up to at most 512, with the first counted twice, because two warpgroups unpack.
         """
         held = self.cache.w_pad // 2  # a thread's sums of values
         values = max(held + 32, min(held + 40, 184))

@@ -1,21 +1,21 @@
 // ---- merge --------------------------------------------------------------------------------------------------------
 
-// Announces that this block has stored its partial result of `request`.
+// Announces that this block has stored its partial result of `request`. Returns the value of `arrived` once all are stored.
 __device__ __forceinline__ u32 announce(const Params& p, int request, int splits) {
-    u32 before;                                                  // taken after the barrier: releases the stores of all consumers
+    u32 before;                                                  // follows the barrier, so it releases the stores of all consumers
     asm volatile("atom.add.release.gpu.global.u32 %0, [%1], 1;"
                  : "=r"(before) : "l"(p.arrived + blockIdx.y * p.batch + request) : "memory");
-    return (before / splits + 1) * splits;                       // the counter runs on over the layers of a step
+    return (before / splits + 1) * splits;                       // all layers of a step use the same counter
 }
 
-// Whether the last of a request's parts goes on to another request. Then it leaves the merge to the others.
+// Returns whether the last of a request's parts continues with another request. If so, it leaves the merge to the others.
 __device__ __forceinline__ bool last_goes_on(const Params& p, int request, int before, int splits) {
     const int4 end = part_row(p, blockIdx.x - before + splits);
     return end.x > request + 1 || end.y > 0;
 }
 
-// Announces the partial result, and notes in `shared` which share of the request's merge the block has. One thread calls it, after a
-// barrier of all that stored.
+// Announces the partial result, and notes the block's share of the request's merge in `shared`. One thread calls this function,
+// after a barrier of all threads that stored.
 __device__ __forceinline__ void hand_over(const Params& p, Shared& shared, int request, int before, int first_split, int splits,
                                           bool goes_on) {
     const u32 target = announce(p, request, splits);
@@ -23,7 +23,7 @@ __device__ __forceinline__ void hand_over(const Params& p, Shared& shared, int r
         shared = {request, before, splits - (goes_on ? 1 : 0), first_split, splits, target};
 }
 
-// A running sum of 8 columns over splits: values scaled to 2^-top, and the sum of weights.
+// A running sum of 8 columns over splits: the values and the sum of weights, both scaled by 2^-top.
 struct Sum {
     float value[8];
     float top, total;
@@ -51,7 +51,7 @@ struct Sum {
         for (int i = 0; i < 8; ++i) value[i] += weight * other.value[i];
         total += weight * other.total;
     }
-    // That of the lane whose number differs in the bits of `bits`.
+    // Returns the sum of the lane whose number differs in the bits of `bits`.
     __device__ __forceinline__ Sum across(int bits) const {
         Sum other;
 #pragma unroll
@@ -61,15 +61,15 @@ struct Sum {
     }
 };
 
-// An item of one split: 8 values of a row, their scale and what they are relative to.
+// An item of one split: 8 values of a row, their scale, and the row's log-sum-exp.
 struct Item {
     uint4 values;
     float scale, lse;
 };
 
-// Adds up items [begin, end). Threads beyond the number of items share the splits: of `width` items, a power of two, thread i takes
-// item i % width and every (256 / width)-th split. A thread has up to two batches of loads in flight. The loops are short on
-// purpose: a block runs them once, and most of their time would go to fetching instructions.
+// Adds up items [begin, end). If there are fewer items than threads, several threads share an item's splits: of `width` items, a
+// power of two, thread i takes item i % width and every (256 / width)-th split. A thread has up to two batches of loads in
+// flight. The loops are kept short, because a block runs them once and would spend most of their time on fetching instructions.
 __device__ __forceinline__ void merge_items(const Params& p, int request, int first, int splits, int begin, int end, Sum* sums,
                                             int consumer) {
     constexpr int kItemsPerRow = LATENT / 8, kBatch = 4;
@@ -106,7 +106,7 @@ __device__ __forceinline__ void merge_items(const Params& p, int request, int fi
 #pragma unroll
             for (int j = 0; j < kBatch; ++j) batch[j] = next[j];
         }
-        if (step > 1) {                                          // then this was the only round
+        if (step > 1) {                                          // then this is the only round
 #pragma unroll 1
             for (int bits = 16; bits >= width; bits /= 2) sum.add(sum.across(bits));
             sums[consumer] = sum;
@@ -125,7 +125,7 @@ __device__ __forceinline__ void merge_items(const Params& p, int request, int fi
     }
 }
 
-// Waits until all partial results of the request are stored, and adds up this block's share of its rows.
+// Waits until all partial results of the request are stored, and adds up this block's share of the request's items.
 __device__ __forceinline__ void merge(const Params& p, const Shared shared, float* buffer, int consumer) {
     const int items = min(kRows, p.query_len * p.heads - (int)blockIdx.y * kRows) * (LATENT / 8);
     const int begin = items * shared.share / shared.shares, end = items * (shared.share + 1) / shared.shares;
@@ -141,7 +141,7 @@ __device__ __forceinline__ void merge(const Params& p, const Shared shared, floa
     merge_items(p, shared.request, shared.first_split, shared.splits, begin, end, sums, consumer);
 }
 
-// An empty request's output.
+// Writes the output of an empty request, zeros.
 __device__ __forceinline__ void store_zeros(const Params& p, int request, int consumer) {
     const int rows = p.query_len * p.heads;
 #pragma unroll 1

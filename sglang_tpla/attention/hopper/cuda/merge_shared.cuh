@@ -1,5 +1,5 @@
-// The request that this block helps to merge: at most one, that of the part's last segment.
+// The block's share of a merge. A block helps to merge at most one request, that of its part's last segment.
 struct Shared {
     int request, share, shares, first_split, splits;
-    u32 target;                // value of `arrived` when all partial results are stored
+    u32 target;                // the value of `arrived` once all partial results are stored
 };

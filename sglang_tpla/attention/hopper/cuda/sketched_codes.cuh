@@ -54,40 +54,40 @@ __device__ __forceinline__ void store_shared2(u32 address, u32 a, u32 b) {
 __device__ __forceinline__ void store_shared4(u32 address, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
-// Stores four matrices of 8 rows of 8 halves; lane l gives the address of row l % 8 of matrix l / 8.
+// Stores four matrices of 8 rows of 8 halves; lane l passes the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void store_matrices4(u32 address, const u32* r) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
                  ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 }
-// The larger magnitude of each half of a pair, as bits: those of 16-bit floating-point numbers are in order.
+// Returns the larger magnitude of each half of a pair, as bits: magnitudes of 16-bit floats have the order of their bits.
 __device__ __forceinline__ u32 larger_magnitudes(u32 largest, u32 pair) {
     asm("max.u16x2 %0, %0, %1;" : "+r"(largest) : "r"(pair & 0x7FFF7FFFu));
     return largest;
 }
 __device__ __forceinline__ u32 largest_of_warp(u32 pair) { return __reduce_max_sync(0xffffffff, max(pair & 0xFFFFu, pair >> 16)); }
 
-// A code becomes float16 by standing in the mantissa of a power of two: with its lowest bit at bit s of a half, the code c of
-// 2^(10 - s) is 2^(10 - s) + c.
+// A code becomes float16 when it is put into the mantissa of a power of two: with its lowest bit at bit s of a half whose other
+// bits are those of 2^(10 - s), code c makes the number 2^(10 - s) + c.
 __host__ __device__ constexpr u32 power_above(int s) { return (25 - s) << 10; }
 __host__ __device__ constexpr u32 twice(u32 half) { return half | half << 16; }
 
-// Where the sketch codes i and i + 4 of eight stand as halves, for i = 0 to 3. Bit 0 would not hold a level, which lies half way
-// between two codes.
+// The bit of a half where sketch codes i and i + 4 of eight are placed, for i = 0 to 3. Bit 0 would leave no bit for the half in
+// a level, which lies half way between two codes.
 constexpr int kCodeBits[3][4] = {{1, 3, 5, 7}, {1, 4, 7, 1}, {1, 5, 1, 5}};
 template <int kBits, int i> constexpr int code_bit() { return kCodeBits[kBits - 2][i]; }
 
-// What has to be added to pair i, and to bytes, as halves.
+// The halves to add to pair i, and to bytes.
 template <int kBits, int i> constexpr u32 minus_levels() {
     return twice(0x8000 | power_above(code_bit<kBits, i>()) | ((1 << kBits) - 1) << (code_bit<kBits, i>() - 1));
 }
 constexpr u32 kMinusBytes = 0xE480E480u;                         // - 1152
 
-// The same as numbers.
+// The same values as floats.
 template <int kBits, int i> constexpr float level_above() { return -((1 << 10 - code_bit<kBits, i>()) + ((1 << kBits) - 1) / 2.f); }
 constexpr float kBytesLevel = -1152.f;
 
-// Constants that unpacking needs in registers. They come from shared memory: an immediate would take the place of permute()'s
-// selector, or of a mask, which the compiler then moves to a register anew for every use.
+// The constants that unpacking needs in registers, loaded from shared memory. If they were immediates, they would displace
+// permute()'s selector or a mask, which the compiler would then move to a register for every use.
 struct Constants {
     uint4 powers;                                // of the four pairs of eight sketch codes
     u32 power;                                   // of bytes
@@ -101,27 +101,28 @@ struct Constants {
     }
 };
 
-// Bytes kFirst and kSecond of four codes with 128 added, as float16: 1024 + byte is 0x6400 | byte. With kAbove 1152 is left.
+// Returns bytes kFirst and kSecond of four codes (stored plus 128) as float16; 1024 + byte is 0x6400 | byte. With kAbove the
+// result is 1152 above the code.
 template <int kFirst, int kSecond, bool kAbove = false> __device__ __forceinline__ u32 half_of_bytes(u32 bytes, u32 power) {
     const u32 pair = permute(bytes, power, 0x4040 | kFirst | kSecond << 8);
     return kAbove ? pair : add_half(pair, kMinusBytes);
 }
 
-// The same times `scale`. `bias` is -1152 scale: exact, since a scale of bytes has seven bits, as 1152 has four.
+// Returns the same codes times `scale`. `bias`, -1152 scale, is exact: a scale of bytes has seven significant bits, 1152 has four.
 template <int kFirst, int kSecond> __device__ __forceinline__ u32 scaled_bytes(u32 bytes, u32 scale, u32 bias, u32 power) {
     return multiply_add_half(half_of_bytes<kFirst, kSecond, true>(bytes, power), scale, bias);
 }
 __device__ __forceinline__ u32 bias_of(u32 scale) { return multiply_half(scale, kMinusBytes); }
 
-// Pair i of sketch codes, which stands in x, as levels: c - (2^kBits - 1) / 2. With kAbove what has to be added is left out.
+// Returns pair i of the sketch codes in x as levels, c - (2^kBits - 1) / 2. With kAbove the levels lack minus_levels().
 template <int kBits, int i, bool kAbove> __device__ __forceinline__ u32 level_pair(u32 x, u32 power) {
     const u32 pair = (x & twice(((1 << kBits) - 1) << code_bit<kBits, i>())) | power;
     return kAbove ? pair : add_half(pair, minus_levels<kBits, i>());
 }
 
-// Eight sketch codes of kBits bits, low bits of x first, as their levels in float16: pair i has codes i and i + 4.
+// Unpacks eight sketch codes of kBits bits, from the low bits of x up, to levels in float16: pair i has codes i and i + 4.
 template <int kBits, bool kAbove = false> __device__ __forceinline__ void levels_of(u32 x, const uint4& powers, u32 (&pair)[4]) {
-    // Codes 4 to 7 go to the upper half, if they are not there.
+    // Move codes 4 to 7 to the upper half; those of 4 bits are there already.
     if (kBits == 3) x = (x << 4 & 0xFFFF0000u) | (x & 0x0000FFFFu);
     if (kBits == 2) x = (x << 8 & 0xFFFF0000u) | (x & 0x0000FFFFu);
     const u32 first = x << 1, last = kBits == 4 ? x >> 7 : kBits == 3 ? x >> 8 : first;
@@ -131,7 +132,7 @@ template <int kBits, bool kAbove = false> __device__ __forceinline__ void levels
     pair[3] = level_pair<kBits, 3, kAbove>(last, powers.w);
 }
 
-// Eight columns of a query, in the order in which levels_of() has the codes that they meet.
+// Returns eight columns of a query in levels_of()'s order of codes.
 __device__ __forceinline__ uint4 in_order_of_levels(uint4 x) {
     return make_uint4(permute(x.x, x.z, 0x5410), permute(x.x, x.z, 0x7632), permute(x.y, x.w, 0x5410), permute(x.y, x.w, 0x7632));
 }

@@ -1,26 +1,26 @@
-// Moves a warpgroup from kFrom to kTo registers a thread. Segments begin and end with 128, since all warpgroups share that code: one
-// copy of it is half as long to fetch.
+// Moves a warpgroup from kFrom to kTo registers a thread. Each segment begins and ends with 128 registers, so that all warpgroups
+// share the code there: two copies of it would take twice as long to fetch.
 template <int kFrom, int kTo> __device__ __forceinline__ void set_registers() {
     if constexpr (kTo > kFrom) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kTo));
     else if constexpr (kTo < kFrom) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kTo));
 }
 
-// The thread's number in its warpgroup. It is read from the hardware each time; kept in a register it was spilled, and the reload from
-// local memory took a thousand cycles.
+// Returns the thread's number in its warpgroup, and reads it from the hardware each time: a copy in a register was spilled, and the
+// reload from local memory took a thousand cycles.
 __device__ __forceinline__ int thread_of_group() {
     u32 thread;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
     return thread % 128;
 }
 
-// A warpgroup of scores (role 0, 1) or of values (2) walks the segments of its block's part. All warpgroups meet when a
-// segment begins, when its sums are there and when its result is stored.
+// Runs a warpgroup of scores (role 0 or 1) or of values (role 2) over the segments of the block's part. All warpgroups meet when a
+// segment begins, when its sums are complete and, if it is part of a request, when its result is stored.
 __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_smem, float* buffer, u32 ring, int role) {
     const int consumer = role * 128 + thread_of_group();
-    float* start_parts = buffer + kQBytes / 4;                   // the probabilities' memory, which is free when a segment begins
+    float* start_parts = buffer + kQBytes / 4;                   // in the probabilities' memory, which is free here
     u32 base = 0, tries = 0, done = 0, done_of[2] = {0, 0};
     if (consumer == 0) fixed.merge.request = -1;
-    Segments seg(p);                                             // read early: the plan is older than the predecessor
+    Segments seg(p);                                             // before the wait: the plan is older than the predecessor
     int first_split = 0, splits = 0;
     const auto read_splits = [&]() {
         if (seg.more()) first_split = __ldcg(p.split_start + seg.request), splits = __ldcg(p.split_start + seg.request + 1) - first_split;
@@ -70,7 +70,7 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
         if (consumer == 0) hand_over(p, fixed.merge, seg.request, seg.before, first_split, splits, goes_on);
     }
     if (role == 2) return;
-    sync_consumers();                                            // now the query's memory is free and fixed.merge is written
+    sync_consumers();                                            // the query's memory is free, and fixed.merge is written
     if (fixed.merge.request >= 0) merge(p, fixed.merge, buffer, consumer);
 }
 
@@ -85,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(kAllThreads + 128, 1) sketched_deco
         if (q_smem % 1024) __trap();                             // the swizzle repeats every 1,024 bytes
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(shared_address(fixed.full + i), kFullArrivals);
-            barrier_init(shared_address(fixed.empty + i), ROW_VALUES ? 2 : 4);  // warps that read a half
+            barrier_init(shared_address(fixed.empty + i), ROW_VALUES ? 2 : 4);  // the warps that read a half tile
         }
         barrier_init(shared_address(&fixed.query), kAllThreads / 32);
         for (int i = 0; i < 2; ++i) {
@@ -97,8 +97,8 @@ extern "C" __global__ void __launch_bounds__(kAllThreads + 128, 1) sketched_deco
         fence_async_proxy();
     }
     __syncthreads();
-    // The warpgroups never hold more registers than the block starts with, as in latent_decode.cu. A warpgroup of scores that asks for
-    // more waits until the values' warpgroup has gone from 128 to its own number, which waits for nobody.
+    // The warpgroups never hold more registers than the block starts with, as in latent_decode.cu. A warpgroup that asks for more
+    // registers waits until others have released theirs, and a release waits for nobody.
     static_assert(PRODUCER_REGISTERS + 2 * SCORE_REGISTERS + VALUE_REGISTERS <= 4 * 128, "registers");
     float* buffer = reinterpret_cast<float*>(raw);
     if (group == 0) {

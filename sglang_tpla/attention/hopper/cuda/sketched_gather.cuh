@@ -1,30 +1,30 @@
 // ---- producer -----------------------------------------------------------------------------------------------------
 //
-// gather.cuh says when the producer may read which rows.
+// gather.cuh explains which rows the producer may read before its predecessor has ended.
 
-// The page of a token; behind the last one page 0, whose row is read and masked.
+// Returns the page of a token, or page 0 behind the last token: rows read from there are masked.
 __device__ __forceinline__ int page_of(const Params& p, int start, int length, int token) {
     return token < length ? __ldcg(p.page_indices + start + (token >> p.page_bits)) : 0;
 }
 
-// a b + c. In assembly, because the compiler works out a row's address twice otherwise.
+// Returns a b + c. Without assembly the compiler computes a row's address twice.
 __device__ __forceinline__ u64 multiply_add_wide(u32 a, u32 b, u64 c) {
     u64 d;
     asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(d) : "r"(a), "r"(b), "l"(c));
     return d;
 }
 
-// A warp copies 16 rows of a half tile; eight lanes copy a row, each time the 16-byte pieces of one line of 128 bytes: rows
-// begin anywhere in a line, and a request that crosses lines counts twice. No prefetch into the L2: what lies beside a row is
-// another token. Lane `first + row` knows the slot of a row.
+// Copies a warp's 16 rows of a half tile. Eight lanes copy a row, one line of 128 bytes at a time in 16-byte pieces: rows begin
+// anywhere in a line, and a request that crosses lines counts twice. The copies do not prefetch into the L2, because the bytes
+// beside a row belong to another token. Lane `first + row` holds the slot of a row.
 constexpr int kFullArrivals = 64;
 __device__ __forceinline__ void load_rows(const Params& p, u32 stage, u32 full, int slots, int first, int lane, u64 policy) {
-    const int piece = lane % 8 * 16;                             // of a line
+    const int piece = lane % 8 * 16;                             // the lane's byte in a line
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const int row = i * 4 + lane / 8, slot = __shfl_sync(0xffffffff, slots, first + row);
         const u64 begin = multiply_add_wide(slot, (u32)p.kv_stride, (u64)p.kv), source = (begin & ~127ull) | (u32)piece;
-        const int at = piece - (int)((u32)begin & 127);          // from the row's beginning
+        const int at = piece - (int)((u32)begin & 127);          // the byte in the row
         const u32 target = stage + row * kStride + at;
 #pragma unroll
         for (int line = 0; line < ROW_BYTES + 112; line += 128) {
@@ -37,13 +37,15 @@ __device__ __forceinline__ void load_rows(const Params& p, u32 stage, u32 full, 
     barrier_arrive_when_copied(full);
 }
 
-// Each warp fills every second half tile: warps 0 and 1 the first halves. Pages are looked up two tiles ahead, and waited for where
-// they are used. Beyond kEarly half tiles the first query comes first, which would wait for whatever the memory has to do before.
+// Warps 0 and 1 fill the first half of each tile, warps 2 and 3 the second half, 16 rows each. The pages of two tiles are looked up
+// while the two tiles before them are copied. After kEarly half tiles a warp waits until the first query has arrived, because the
+// query's loads would wait behind more copies.
 //
-// A warp waits for room for its own half tiles alone. With an odd number of stages a stage changes hands from round to round. Then
-// the warps meet every two tiles: a warp a round ahead of the others could take a barrier two phases behind for one that has done
-// what it waits for. Waiting for room for the others' halves would keep them together, too, but could hang: where the others fill
-// a half and see it given back before this warp looks, this warp finds the parity that it waits to see change.
+// A warp waits only for room for its own half tiles. With an odd number of stages, a stage alternates between the two pairs of
+// warps from round to round. Then the warps meet every two tiles: a warp that is a round ahead of the others could take a barrier
+// that is two phases behind for one whose phase has completed. If each warp also waited for room for the others' halves, they
+// would stay together too, but could hang: the others may fill a half and see it freed before this warp looks, and then this warp
+// finds the parity that it is waiting to see change.
 constexpr int kEarly = 1;
 __device__ __forceinline__ void produce(const Params& p, u32 ring, u32 full, u32 empty, u32 query, int thread) {
     const int warp = thread / 32, lane = thread % 32, my_token = lane / 16 * kTile + warp * 16 + lane % 16;

@@ -1,9 +1,9 @@
 // ---- query --------------------------------------------------------------------------------------------------------
 //
-// Every warp except the producer's loads its part of a segment's query, [kRows, SKETCH | ROPE | LATENT], and stores it to shared memory
-// in the order in which wgmma meets the codes. A warp takes 8 rows of a group of 32 columns at a time, and a lane 8 columns of a row.
-// The columns stay in registers until the scale of the whole query is known. A trip through shared memory instead, in rolled loops, is
-// less code but takes 1,500 cycles longer.
+// Every warp except the producer's loads its part of a segment's query, [kRows, SKETCH | ROPE | LATENT], and stores it to shared
+// memory in the order of the unpacked codes. A warp loads 8 rows of a group of 32 columns at a time, and a lane 8 columns of a
+// row. The columns stay in registers until the scale of the whole query is known. Rolled loops that keep the columns in shared
+// memory are less code but take 1,500 cycles longer.
 
 constexpr int kLoaders = kAllThreads / 32;
 constexpr int kRowBlocks = kRows / 8, kPasses = kRowBlocks > 6 ? 2 : 1, kBlocksAtOnce = kRowBlocks / kPasses;
@@ -12,12 +12,12 @@ static_assert(kLoaders % kBlocksAtOnce == 0, "a warp keeps its rows");
 
 __device__ __forceinline__ void sync_all() { asm volatile("bar.sync 6, %0;" ::"n"(kAllThreads) : "memory"); }
 
-// The address of 16-byte piece `i` of 4 of group `g` of a row: half i % 2 of step 2 g + i / 2.
+// Returns the address of 16-byte piece `i` of 4 of a row's group `g`: half i % 2 of step 2 g + i / 2.
 __device__ __forceinline__ u32 query_piece(u32 q_smem, u32 row, u32 g, u32 i) {
     return q_smem + g / 2 * kQPanelBytes + row * 128 + ((g % 2 * 4 + i ^ row % 8) << 4);
 }
 
-// The eight columns that a lane has of group g of its row.
+// Loads the lane's eight columns of group g of its row.
 __device__ __forceinline__ uint4 query_columns(const u16* latent, const u16* rope, bool there, u32 g) {
     const bool own = g >= kOwnGroup, sketch = g < kSketchGroups;
     const int column = (g - (own ? kOwnGroup : sketch ? 0 : kSketchGroups)) * 32 + threadIdx.x % 4 * 8;
@@ -26,9 +26,10 @@ __device__ __forceinline__ uint4 query_columns(const u16* latent, const u16* rop
     return __ldcg(reinterpret_cast<const uint4*>(source));
 }
 
-// Multiplies a lane's columns by `factor` and stores them where wgmma reads them. ldmatrix hands out codes so that, of the 16
-// columns of a step, bytes 4 i and 4 i + 1 come before 4 i + 2 and 4 i + 3; of 32 sketch codes, the first step has 8 i, 8 i + 4,
-// 8 i + 1 and 8 i + 5, the second step the others. Adds what the row's sums of scores have to begin with to `start`.
+// Multiplies a lane's columns by `factor`, stores them where wgmma reads them, and adds their share of the numbers that the row's
+// sums of scores begin with to `start`. The order is that of the unpacked codes: the first 8 columns of a step are bytes 4 i and
+// 4 i + 1 of its 16, the last 8 are bytes 4 i + 2 and 4 i + 3. Of 32 sketch codes, the first step has 8 i, 8 i + 4, 8 i + 1 and
+// 8 i + 5, the second step the others.
 __device__ __forceinline__ void store_query_columns(u32 q_smem, float (&start)[kStarts + 1], u32 row, u32 g, u32 lane,
                                                     const uint4& columns, float factor) {
     const bool own = g >= kOwnGroup, sketch = g < kSketchGroups;
@@ -62,9 +63,10 @@ __device__ __forceinline__ void store_query_columns(u32 q_smem, float (&start)[k
     }
 }
 
-// Loads the segment's query in float16, with its rotary part in bfloat16 where the keys are, multiplied by a power of two that keeps
-// every value in range. Returns the power's inverse. All threads except the producer's call it. `parts` receives what find_starts() adds
-// up, `largest` one number a warp. `came` is the barrier to arrive at when the query is in registers, or 0.
+// Loads the segment's query as float16 (the rotary part as bfloat16 if the keys are bfloat16), multiplied by a power of two that
+// keeps every value in range. Returns the inverse of the power. All threads except the producer's call this function. `parts`
+// receives the numbers that find_starts() adds up, and `largest` one number per warp. `came` is the barrier to arrive at when the
+// query is in registers, or 0.
 __device__ __forceinline__ float load_query(const Params& p, u32 q_smem, float* parts, int request, u32 (&largest)[kLoaders], u32 came,
                                             u32 warp, u32 lane) {
     __builtin_assume(warp < kLoaders);
@@ -98,7 +100,7 @@ __device__ __forceinline__ float load_query(const Params& p, u32 q_smem, float* 
     for (int i = 0; i < kLoaders; ++i) top = max(top, reinterpret_cast<volatile u32&>(largest[i]));
     const u32 exponent = query_exponent(top);
     const float factor = __uint_as_float(exponent << 23);
-    float start[kPasses][kStarts + 1] = {};                      // kStarts may be 0, and an array may not
+    float start[kPasses][kStarts + 1] = {};                      // + 1 because kStarts may be 0
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
         const u32 g = first_group + i / kPasses * kGroupsAtOnce, row = first_row + i % kPasses * kBlocksAtOnce * 8;

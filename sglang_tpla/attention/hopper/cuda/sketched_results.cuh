@@ -1,6 +1,6 @@
-// ---- what both forms of values share ------------------------------------------------------------------------------
+// ---- common code of both forms of values --------------------------------------------------------------------------
 
-// Waits for the next tile of warpgroup `from`, whose tiles `done` counts; returns the stamp of its reference.
+// Waits for the next tile of warpgroup `from` and returns the stamp of its reference. `done` counts each warpgroup's tiles.
 __device__ __forceinline__ u32 wait_for_tile(Fixed& fixed, int from, u32 (&done)[2]) {
     barrier_wait(shared_address(fixed.ready) + 8 * from, (from ? done[1] : done[0]) & 1);
     if (from) ++done[1];
@@ -8,15 +8,15 @@ __device__ __forceinline__ u32 wait_for_tile(Fixed& fixed, int from, u32 (&done)
     return *reinterpret_cast<volatile u32*>(&fixed.stamp[from]);
 }
 
-// The reference that values go on with which are relative to `applied`, for a tile whose probabilities are relative to `published`.
-// That may be far below, since each warpgroup of scores has a reference of its own: then the tile weighs next to nothing, at most
-// 2^(14 - 64) of what there is, and the values need not grow beyond float32 to say so.
+// Returns the new reference of values that are relative to `applied`, before a tile is added whose probabilities are relative to
+// `published`. Each warpgroup of scores has its own reference, so `published` may be far below `applied`. The result is at most 64
+// below `applied`, so that values stay within float32; a tile further below weighs at most 2^(14 - 64) of the values so far.
 __device__ __forceinline__ float next_reference(float applied, float published) { return fmaxf(published, applied - 64.f); }
 
-// The first of the two columns that value pair k of item `piece` of a partial result holds.
+// Returns the first of the two columns of value pair k in item `piece` of a partial result.
 __device__ __forceinline__ int item_column(int piece, int k) { return piece * 8 + k * 2; }
 
-// The sum of a row's probabilities relative to `top`, from what attend() left in `exchange`.
+// Returns the sum of a row's probabilities relative to `top`, from the sums that attend() left in `exchange`.
 __device__ __forceinline__ float total_of(const Fixed& fixed, int row, float top) {
     float total = 0.f;
 #pragma unroll
@@ -37,7 +37,7 @@ __device__ __forceinline__ void store_sums(const Params& p, int split, int row, 
     sums[rows] = total > 0.f ? largest * reciprocal(total) : 0.f;
 }
 
-// Where a row's columns go: the output, or the partial result of the split.
+// Returns the address for a row's columns: in the output, or in the partial result of the split.
 __device__ __forceinline__ u16* target_of(const Params& p, int request, int split, int row, bool whole) {
     const int token = (row >= p.heads) + (row >= 2 * p.heads) + (row >= 3 * p.heads), head = row - token * p.heads;
     return whole ? p.out + ((long long)request * p.query_len + token) * p.out_token_stride + head * p.out_head_stride

@@ -1,16 +1,16 @@
 // ---- values, by query rows ----------------------------------------------------------------------------------------
 //
-// With ROW_VALUES: one warpgroup adds up O [64 query rows, LATENT] from what scores() stored. A thread holds rows
-// 16 warp + lane / 4 and 8 further on: element 4 j + 2 i + e is row i, stored column 8 j + 2 (lane % 4) + e. Stored columns
-// 16 s + c and 16 s + 8 + c are 16 s + 2 c and 16 s + 2 c + 2 for even c, see load_query_group(): a thread has four
-// neighbours of each step.
+// With ROW_VALUES, one warpgroup adds up O [64 query rows, LATENT] from the columns that scores() stored. A thread holds row
+// 16 warp + lane / 4 and the row 8 after it: element 4 j + 2 i + e is row i, stored column 8 j + 2 (lane % 4) + e. For even c,
+// stored columns 16 s + c and 16 s + 8 + c are columns 16 s + 2 c and 16 s + 2 c + 2 (see store_query_columns()), so a thread
+// has four adjacent columns of each step.
 
 using Values = RowSums;
 
-// The warpgroup of values: every tile. `done`: tiles of each warpgroup of scores before.
+// Adds up a segment's tiles in the warpgroup of values. `done` counts the tiles of each warpgroup of scores over all segments.
 __device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, u32 (&done)[2], Values& v) {
     const u32 used = shared_address(fixed.used);
-    u32 stamp = 0xffffffffu;                                     // of no tile: the first tile sets the values' reference
+    u32 stamp = 0xffffffffu;                                     // no tile's stamp: the first tile sets the reference
     for (int j = 0; j < c.tiles; ++j) {
         const int from = j & 1;
         const u32 now = wait_for_tile(fixed, from, done);
@@ -40,8 +40,8 @@ __device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, u3
     }
 }
 
-// Writes a segment: to the output where it is the whole request, else as a partial result, in which each row is scaled by its
-// largest value.
+// Writes a segment to the output if it is the whole request, else as a partial result, in which each row is scaled by its largest
+// value.
 __device__ __forceinline__ void store(const Params& p, Fixed& fixed, const Values& v, int request, int split, bool whole, int warp,
                                       int lane) {
 #pragma unroll

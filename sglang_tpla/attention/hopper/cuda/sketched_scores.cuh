@@ -1,32 +1,33 @@
 // ---- scores -------------------------------------------------------------------------------------------------------
 //
-// A thread holds of a product [64, kRows] rows lane / 4 and 8 further on of its warp's 16, and of each 8 columns
-// 2 (lane % 4) and the next: element 4 j + 2 i + e is row i, column 8 j + 2 (lane % 4) + e. Rows are tokens, columns query
-// rows. What belongs to a query row (its reference, its sum) is held the same way: element 2 j + e.
+// Of a product [64 tokens, kRows query rows], a thread holds row lane / 4 of its warp's 16 and the row 8 after it, and of each 8
+// columns 2 (lane % 4) and the next: element 4 j + 2 i + e is row i, column 8 j + 2 (lane % 4) + e. A query row's reference and
+// sum are held the same way, as element 2 j + e.
 
-// Shared memory behind the ring. The first index is the warpgroup of scores.
+// Shared memory behind the ring. The first index of an array [2] is the warpgroup of scores.
 struct alignas(16) Fixed {
-    u64 full[STAGES], empty[STAGES], ready[2], used[2];          // ready, used: a tile's probabilities and values
-    u64 query;                                                   // the first query has come
+    u64 full[STAGES], empty[STAGES], ready[2], used[2];          // ready, used: of a tile's probabilities and values
+    u64 query;                                                   // the first query is in registers
     Constants constants;
     Shared merge;
-    u32 stamp[2], largest[kLoaders];                             // largest: of each warp's part of the query
-    u32 votes[2][2];                                             // in turn; a byte is a warp's: see sync_any()
-    u16 ratio[2][2][ROW_VALUES ? 1 : kTile];                     // of a tile's shared, of its own scale
-    alignas(16) float start[kStarts > 0 ? kStarts : 1][kRows];   // what sums begin with
-    alignas(16) float exchange[2][4][kRows];                     // between warps
-    float reference[2][4][kRows];                                // of each warp: the reference of its probabilities
+    u32 stamp[2], largest[kLoaders];                             // largest: the largest value in each warp's part of the query
+    u32 votes[2][2];                                             // used alternately, a byte for each warp: see sync_any()
+    u16 ratio[2][2][ROW_VALUES ? 1 : kTile];                     // of the tokens' shared and own scales to their weights
+    alignas(16) float start[kStarts > 0 ? kStarts : 1][kRows];   // the numbers that sums begin with
+    alignas(16) float exchange[2][4][kRows];                     // between warps: largest exponents, in the end sums
+    float reference[2][4][kRows];                                // the reference of each warp's probabilities
     float published[2][kRows];                                   // the reference of the tile that is ready
     float applied[ROW_VALUES ? 1 : kRows];                       // the reference of the values; in the end their scale
-    u16* target[ROW_VALUES ? 1 : kRows];                         // where they go
+    u16* target[ROW_VALUES ? 1 : kRows];                         // the addresses for the values
 
-    // A warp of values tells its rows' largest values here once no tile is under way.
+    // Returns the memory for a warp of values' largest value of each row, which is free once no tile is in progress.
     __device__ __forceinline__ float* largest_values(int warp) { return warp == 0 ? published[0] : reference[0][warp]; }
 };
 
 __device__ __forceinline__ void sync_group(int group) { asm volatile("bar.sync %0, 128;" ::"r"(3 + group) : "memory"); }
-// The same; whether `x` holds for one of the threads. `turn` alternates from call to call, so that nobody overwrites votes that a
-// warp has yet to read. Not by the barrier's own reduction: PTX does not let `barrier.red` and `barrier.sync` use one barrier.
+// Synchronizes the group and returns whether `x` holds for one of its threads. `turn` alternates from call to call, so that no warp
+// overwrites votes that another has yet to read. The barrier's own reduction cannot replace the votes, because PTX does not let
+// `barrier.red` and `barrier.sync` use the same barrier.
 __device__ __forceinline__ bool sync_any(Fixed& fixed, int group, u32 turn, bool x) {
     volatile u32& votes = fixed.votes[group][turn];
     const bool mine = __any_sync(0xffffffff, x);
@@ -38,12 +39,12 @@ __device__ __forceinline__ bool sync_any(Fixed& fixed, int group, u32 turn, bool
 // A warpgroup's view of the current segment.
 struct Segment {
     int length, unmasked;                                        // unmasked: tokens that every query row may see
-    float scale_log2;                                            // factor of a score besides its token's scales
-    u32 ring, base, q_smem, probability, values;                 // base: tiles that went through the ring before
+    float scale_log2;                                            // a score's factor besides its token's scales
+    u32 ring, base, q_smem, probability, values;                 // base: the tiles of earlier segments
     int tiles, first_token, group, warp, lane;
 };
 
-// Stage and phase of the half tile that is number `number` through the ring.
+// Stage and phase of half tile `number`, counted over all segments.
 struct Stage {
     u32 slot, phase;
     __device__ __forceinline__ explicit Stage(u32 number) : slot(number % STAGES), phase(number / STAGES & 1) {}
@@ -53,10 +54,10 @@ struct Stage {
     }
 };
 
-// The descriptor of a step of the query.
+// Returns the descriptor of a step of the query.
 __device__ __forceinline__ u64 query_step(u64 q, int step) { return q + ((step / 4 * kQPanelBytes + step % 4 * 32) >> 4); }
 
-// Begins a sum.
+// Sets a thread's accumulators to the numbers that the query rows' sums begin with.
 __device__ __forceinline__ void begin(float (&sum)[kPart], const float (&start)[kRows], int lane) {
 #pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
@@ -65,8 +66,8 @@ __device__ __forceinline__ void begin(float (&sum)[kPart], const float (&start)[
     }
 }
 
-// Adds up what each of the sums begins with that codes leave above their values, from the parts of load_query(). Both warpgroups of
-// scores call it.
+// Adds up the parts of load_query() to the numbers that sums begin with if their codes keep a power of two. Both warpgroups of
+// scores call this function.
 __device__ __forceinline__ void find_starts(Fixed& fixed, const float* parts, int consumer) {
     if (consumer < kStarts * kRows) {
         const int kind = consumer / kRows, row = consumer % kRows;
@@ -78,10 +79,10 @@ __device__ __forceinline__ void find_starts(Fixed& fixed, const float* parts, in
     sync_consumers();
 }
 
-// Exponents of a warp's 16 tokens, whose raw rows begin at `tokens`: scores times scale_log2, and the logarithm of what weights
-// the probabilities. With ROW_VALUES the warp also stores the tokens' 8-bit columns, as they are multiplied, once `used` says that
-// those before are not needed any more: row r of a panel is token r, and its column 16 s + c of step s is as wgmma's left operand
-// has it.
+// Computes the exponents of a warp's 16 tokens, whose raw rows begin at `tokens`: scores times scale_log2, plus the logarithm of
+// the probabilities' weight. With ROW_VALUES the warp also stores the tokens' unpacked 8-bit columns, once `used` says that those
+// of the warpgroup's tile before are not needed any more: row r of a panel is token r, and the 16 columns of a step have the
+// order of wgmma's left operand.
 __device__ __forceinline__ void scores(const Fixed& fixed, float (&s)[kPart], u32 tokens, const TokenScales& t, const Segment& c,
                                        u32 used, u32 used_phase) {
     const u32 rows = tokens + c.lane % 16 * kStride + c.lane / 16 * 16, row = tokens + c.lane / 4 * kStride;
@@ -150,7 +151,7 @@ __device__ __forceinline__ void scores(const Fixed& fixed, float (&s)[kPart], u3
     }
 }
 
-// Takes away the tokens that a query row may not see.
+// Sets the exponents of tokens that a query row may not see to minus infinity.
 __device__ __forceinline__ void mask(const Params& p, const Segment& c, float (&s)[kPart], int token) {
 #pragma unroll
     for (int j = 0; j < kRows / 8; ++j) {
@@ -164,7 +165,7 @@ __device__ __forceinline__ void mask(const Params& p, const Segment& c, float (&
     }
 }
 
-// The largest exponents of a tile, for settle().
+// Offers a tile's largest exponents to settle().
 __device__ __forceinline__ void offer(Fixed& fixed, const Segment& c, const float (&s)[kPart]) {
     const int column = 2 * (c.lane % 4);
 #pragma unroll
@@ -180,9 +181,9 @@ __device__ __forceinline__ void offer(Fixed& fixed, const Segment& c, const floa
     }
 }
 
-// Raises a warpgroup's reference to what was offered: at the start of a segment by both warpgroups, so that they agree, later
-// by its own; and scales its sums. The reference of a row that sees no token yet is finite: a score of minus infinity has to be
-// infinitely far below it.
+// Raises a warpgroup's reference to the exponents that were offered, and scales its sums. At the start of a segment both warpgroups
+// use the offers of both, so that they agree; later each uses its own. The reference of a row that sees no token yet is finite,
+// because a score of minus infinity must lie infinitely far below it.
 __device__ __forceinline__ void settle(Fixed& fixed, const Segment& c, bool start, float (&total)[kRows / 4]) {
     float(&mine)[kRows] = fixed.reference[c.group][c.warp];
     float2 before[kRows / 8];
@@ -206,11 +207,11 @@ __device__ __forceinline__ void settle(Fixed& fixed, const Segment& c, bool star
         const float2 now = *reinterpret_cast<const float2*>(mine + 8 * j + 2 * (c.lane % 4));
         total[2 * j] *= exp2_fast(before[j].x - now.x), total[2 * j + 1] *= exp2_fast(before[j].y - now.y);
     }
-    if (start) sync_consumers();                                 // both have read what was offered
+    if (start) sync_consumers();                                 // both have read the offers
 }
 
-// Turns exponents into weighted probabilities relative to the reference, packed, and adds them up. Returns whether one is too large
-// for float16.
+// Turns exponents into packed, weighted probabilities relative to the reference, and adds up the probabilities without weights.
+// Returns whether a weighted one is too large for float16.
 __device__ __forceinline__ bool soften(const Fixed& fixed, const Segment& c, const float (&s)[kPart], const TokenScales& t,
                                        u32 (&packed)[kPart / 2], float (&total)[kRows / 4]) {
     const float* reference = fixed.reference[c.group][c.warp] + 2 * (c.lane % 4);
@@ -233,7 +234,7 @@ __device__ __forceinline__ bool soften(const Fixed& fixed, const Segment& c, con
     return (largest & 0xFFFF) >= 0x7400 || largest >> 16 >= 0x7400;        // 2^14
 }
 
-// A warpgroup of scores: every second tile of the segment. `tries` counts its tries at tiles, `done` its tiles.
+// Computes every second tile of a segment in a warpgroup of scores. `tries` counts its tries at tiles, `done` its tiles.
 __device__ __forceinline__ void attend(const Params& p, Fixed& fixed, const Segment& c, u32& tries, u32& done,
                                        float (&total)[kRows / 4]) {
     float s[kPart];
@@ -268,7 +269,7 @@ __device__ __forceinline__ void attend(const Params& p, Fixed& fixed, const Segm
 #pragma unroll
             for (int i = 0; i < kRows / 4; ++i) before[i] = total[i];
             const bool over = soften(fixed, c, s, t, packed, total);
-            if (!ROW_VALUES) barrier_wait(used, (done & 1) ^ 1);  // the probabilities before have been used
+            if (!ROW_VALUES) barrier_wait(used, (done & 1) ^ 1);  // the last tile's probabilities have been used
             ++tries;
 #pragma unroll
             for (int k = 0; k < kRows / 8; k += 2)
@@ -287,7 +288,7 @@ __device__ __forceinline__ void attend(const Params& p, Fixed& fixed, const Segm
                 if (c.lane == 0) fixed.stamp[c.group] = j == c.group ? 0 : 2 * tries + c.group;
             }
             fence_async_proxy();
-            // A score far above all before asks for a second try with a new reference.
+            // A score far above all earlier ones needs a second try with a new reference.
             if (!sync_any(fixed, c.group, tries & 1, over) || fresh) break;
             fresh = true;
 #pragma unroll
@@ -304,7 +305,7 @@ __device__ __forceinline__ void attend(const Params& p, Fixed& fixed, const Segm
         sum += __shfl_xor_sync(0xffffffff, sum, 16);
         total[i] = sum;
     }
-    sync_group(c.group);                                         // what was offered last has been read
+    sync_group(c.group);                                         // the last offers have been read
 #pragma unroll
     for (int i = 0; i < kRows / 4; ++i)
         if (c.lane < 4) fixed.exchange[c.group][c.warp][i / 2 * 8 + column + i % 2] = total[i];

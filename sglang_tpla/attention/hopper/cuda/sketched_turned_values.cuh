@@ -1,6 +1,6 @@
 // ---- values, turned -----------------------------------------------------------------------------------------------
 //
-// Without ROW_VALUES: one warpgroup adds up O [64 columns, kRows] for each of kBlocks blocks, from the raw rows.
+// Without ROW_VALUES, one warpgroup adds up O [64 columns, kRows] for each of kBlocks blocks from the raw rows.
 
 struct Values {
     float o[kBlocks][kPart];                                     // columns 16 warp + lane / 4 * 2 and the next of each block
@@ -13,7 +13,7 @@ struct Values {
     }
 };
 
-// O += V^T P of a tile, by blocks of 64 columns of which each warp has 16, tokens 32 at a time. Gives the raw rows back.
+// Adds V^T P of a tile to O, 32 tokens and a block of 64 columns at a time, 16 columns for each warp. Frees the raw rows.
 __device__ __forceinline__ void add_values(const u16 (&ratios)[2][kTile], float (&o)[kBlocks][kPart], const u32 (&stages)[2],
                                            const u32 (&empty)[2], u32 probability, u32 power, int warp, int lane) {
     const u32 rows[2] = {stages[0] + lane * kStride + warp * 16, stages[1] + lane * kStride + warp * 16};
@@ -41,7 +41,7 @@ __device__ __forceinline__ void add_values(const u16 (&ratios)[2][kTile], float 
             pin(a[at % 2]);
         }
         const bool shared = block * 64 + warp * 16 + lane / 4 * 2 < SHARED;
-        // Of the last block a warp may have no column: zeros take less power than what lies there.
+        // A warp may have no column in the last block; zeros take less power than the bytes there.
         const bool there = LATENT % 64 == 0 || block + 1 < kBlocks || block * 64 + warp * 16 < LATENT;
 #pragma unroll
         for (int i = 0; i < 8; ++i) a[at % 2][i] = 0;
@@ -78,12 +78,12 @@ __device__ __forceinline__ void add_values(const u16 (&ratios)[2][kTile], float 
     for (int i = 0; i < 2; ++i) pin(a[i]);
 }
 
-// The warpgroup of values: every tile. `done`: tiles of each warpgroup of scores before.
+// Adds up a segment's tiles in the warpgroup of values. `done` counts the tiles of each warpgroup of scores over all segments.
 __device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, u32 (&done)[2], Values& v) {
     const u32 empty = shared_address(fixed.empty), used = shared_address(fixed.used);
     const u32 power = load_shared(shared_address(&fixed.constants.power));
     const int column = 2 * (c.lane % 4);
-    u32 stamp = 0xffffffffu;                                     // of no tile: the first tile sets the values' reference
+    u32 stamp = 0xffffffffu;                                     // no tile's stamp: the first tile sets the reference
     for (int row = c.warp * 32 + c.lane; row < kRows; row += 128) fixed.applied[row] = negative_infinity();
     Stage first(2 * c.base), second(2 * c.base + 1);
     for (int j = 0; j < c.tiles; ++j, first.advance<2>(), second.advance<2>()) {
@@ -102,7 +102,7 @@ __device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, u3
 #pragma unroll
                     for (int k = 0; k < 2; ++k) v.o[b][i / 2 * 4 + 2 * k + i % 2] *= factor;
             }
-            sync_group(2);                                       // it has been read
+            sync_group(2);                                       // `applied` has been read
             for (int row = c.warp * 32 + c.lane; row < kRows; row += 128)
                 fixed.applied[row] = next_reference(fixed.applied[row], fixed.published[from][row]);
         }
@@ -113,9 +113,9 @@ __device__ __forceinline__ void gather_values(Fixed& fixed, const Segment& c, u3
     }
 }
 
-// Writes a segment: to the output where it is the whole request, else as a partial result, in which each row is scaled by its
-// largest value. A thread for each row says where it goes and by what it is scaled: in all threads that would be much code, which
-// a block runs once and would mostly wait for.
+// Writes a segment to the output if it is the whole request, else as a partial result, in which each row is scaled by its largest
+// value. One thread per row computes the row's address and scale: if all threads did, the code would be much longer, and a block,
+// which runs it once, would mostly wait for its instructions.
 __device__ __forceinline__ void store(const Params& p, Fixed& fixed, const Values& v, int request, int split, bool whole, int warp,
                                       int lane) {
     const int first_column = warp * 16 + lane / 4 * 2;

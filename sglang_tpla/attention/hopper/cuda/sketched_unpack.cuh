@@ -1,6 +1,6 @@
 // ---- from raw rows to wgmma's left operand ------------------------------------------------------------------------
 
-// Four matrices of 8 rows of 16 bytes; lane l gives the address of row l % 8 of matrix l / 8 and gets bytes 4 (l % 4) to
+// Loads four matrices of 8 rows of 16 bytes; lane l passes the address of row l % 8 of matrix l / 8 and gets bytes 4 (l % 4) to
 // 4 (l % 4) + 3 of row l / 4 of each.
 __device__ __forceinline__ void load_matrices4(u32 (&r)[8], int at, u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -9,7 +9,7 @@ __device__ __forceinline__ void load_matrices4(u32 (&r)[8], int at, u32 address)
 __device__ __forceinline__ void load_matrices2(u32 (&r)[8], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory");
 }
-// The same, transposed: the lane gets bytes 2 (l / 4) and 2 (l / 4) + 1 of rows 2 (l % 4) and 2 (l % 4) + 1.
+// Loads the same matrices transposed: lane l gets bytes 2 (l / 4) and 2 (l / 4) + 1 of rows 2 (l % 4) and 2 (l % 4) + 1.
 __device__ __forceinline__ void load_turned4(u32 (&r)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
@@ -19,17 +19,18 @@ __device__ __forceinline__ void store_turned4(u32 address, u32 a, u32 b, u32 c, 
                  ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
-// Factors of a lane's two tokens (rows lane / 4 and 8 further on).
+// The factors of a lane's two tokens, rows lane / 4 and lane / 4 + 8.
 struct TokenScales {
     u32 shared[2], own[2];                       // kScaleCodes: relative to `power`, the same float16 twice in a register
-    u32 rope[2];                                 // not kSplit: likewise (in bfloat16 where the key is)
-    float power[2];                              // of the scores; kSplit: of those of 8-bit codes; kApart: of shared ones
+    u32 rope[2];                                 // not kSplit: likewise (in bfloat16 if the key is)
+    float power[2];                              // of sum `s`: bytes, key; kSplit: bytes; kApart: shared bytes
     float own_scale[2], sketch_scale[2], rope_scale[2];          // own: kApart; rope: kSplit
-    float weight_log2[2], inverse_weight[2];     // of the factor that weights the probability
-    u32 shared_ratio[2], own_ratio[2];           // not ROW_VALUES: of the two scales of bytes to it, float16
+    float weight_log2[2], inverse_weight[2];     // of the factor that weights the token's probability
+    u32 shared_ratio[2], own_ratio[2];           // not ROW_VALUES: of the scales of bytes to that factor, float16
 };
 
-// `trailer`: where the scales of the first row are; `beyond[i]`: a token behind the last, whose row is whatever lay there.
+// Loads the scales of a lane's two tokens. `trailer` is the address of the first row's scales; `beyond[i]` says that token i lies
+// behind the last one, so that its row holds arbitrary bytes.
 __device__ __forceinline__ TokenScales load_scales(u32 trailer, const bool (&beyond)[2]) {
     TokenScales t;
 #pragma unroll
@@ -64,8 +65,8 @@ __device__ __forceinline__ TokenScales load_scales(u32 trailer, const bool (&bey
     return t;
 }
 
-// Raw codes of group g of 32 columns for a warp's 16 tokens. `rows`: address of the lane's row (and piece) for ldmatrix;
-// `row`: of the lane's own first token.
+// Loads the raw codes of group g of 32 columns for a warp's 16 tokens. `rows` is the address of the lane's row (and piece) for
+// ldmatrix, `row` that of the lane's first token.
 __device__ __forceinline__ void load_group(int g, u32 rows, u32 row, int lane, u32 (&raw)[8]) {
     if (g < kSketchGroups) {
         if (BITS == 4) {
@@ -95,7 +96,7 @@ __device__ __forceinline__ void load_group(int g, u32 rows, u32 row, int lane, u
     }
 }
 
-// Four bytes of both rows as a step's operand, multiplied by `scale` where `kScale`.
+// Unpacks four bytes of both rows to a step's operand, multiplied by `scale` if `kScale`.
 template <bool kScale, bool kAbove>
 __device__ __forceinline__ void unpack_bytes(u32 first, u32 second, const u32 (&scale)[2], u32 power, u32* a) {
     if (kScale) {
@@ -108,7 +109,7 @@ __device__ __forceinline__ void unpack_bytes(u32 first, u32 second, const u32 (&
     }
 }
 
-// The two steps of group g: registers 0 to 3 and 4 to 7.
+// Unpacks group g to the operands of its two steps: registers 0 to 3 and 4 to 7.
 __device__ __forceinline__ void unpack_group(int g, const u32 (&raw)[8], const TokenScales& t, const Constants& constants, int lane,
                                              u32 (&a)[8]) {
     if (g < kSketchGroups) {
