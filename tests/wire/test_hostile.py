@@ -218,6 +218,26 @@ def test_projection_with_another_hash_is_refused(prefill: rig.PrefillRank, fake:
     assert "does not have the hash 000000000000" in fake.expect(messages.Refused)[0].reason
 
 
+@pytest.mark.parametrize("name", ["", "identity"])
+def test_a_projection_is_not_used_for_other_rows_than_its_own(prefill: rig.PrefillRank, name: str) -> None:
+    """A rank that names another's projection, or that of ranks without one, sends its own for rows of other widths."""
+    owner = rig.decode_rank(rig.projection(0))
+    with (
+        contextlib.closing(owner.agent),
+        contextlib.closing(FakeDecode(prefill.agent.address[1])) as fake,
+    ):
+        rig.transfer(prefill, owner, 77, count=1)
+        rig.close(77, prefill, owner)
+        other = rig.projection(0, width=30, shared=10)
+        layout = msgspec.structs.replace(hello().layout, widths=other.widths, shared=tuple(other.shared))
+        named = name or owner.projection.content_hash
+        fake.say(hello(layout=layout, projection=named))
+        assert fake.expect(messages.Welcome)[0].need_projection
+        for index, data in enumerate(other.layer_bytes):
+            fake.say(messages.ProjectionLayer(named, index, messages.checksum(data)), data)
+        assert f"does not have the hash {named[:12]}" in fake.expect(messages.Refused)[0].reason
+
+
 def test_replays_and_late_messages_are_counted(prefill: rig.PrefillRank, fake: FakeDecode) -> None:
     fake.register()
     before = prefill.agent.stats()
