@@ -139,6 +139,11 @@ class Rooms:
         """Drop what was retained and said for a connection that is gone for good, once its rooms have failed."""
         connection.said.clear()
         self.release(connection)
+        # no dummy request goes there any more, which a room may have waited for
+        for room in self.table.values():
+            source = room.sources.get(connection.address)
+            if source is not None and source.connection is connection and source.dummy:
+                self.finishing.append(room)
 
     def of(self, connection: Connection) -> list[Room]:
         """Return the rooms that have not ended and want rows from a connection."""
