@@ -18,7 +18,7 @@ from sglang_tpla.transfer.prefill.ended_rooms import EndedRooms
 from sglang_tpla.transfer.prefill.lanes import Lanes
 from sglang_tpla.transfer.prefill.rooms import Rooms
 from sglang_tpla.transfer.prefill.state import Outgoing, Peer, Room, SenderProjection, Span
-from sglang_tpla.transfer.room import RoomState
+from sglang_tpla.transfer.room import REFUSED, RoomState
 
 LAYERS, WIDTH, ROPE, PAGE, CHUNK_BYTES = 2, 4, 2, 4, 4 * 6 * 4
 SETTINGS = Settings(role="prefill", transfer_timeout_s=20.0)
@@ -137,6 +137,17 @@ def test_every_rank_is_told_once_that_requests_do_not_go_together(
     assert sorted(identity for identity, *_ in told) == [b"a", b"b", b"c"]
     assert all(type(message) is messages.Abort and why in message.reason for _, message, _ in told)
     assert not rank.rooms.early_requests
+
+
+@pytest.mark.parametrize(("prefix", "said"), [(PAGE, ""), (PAGE + 1, f"{PAGE + 1} tokens are cached at decode")])
+def test_a_prefix_longer_than_the_prompt_is_another_prompts(prefix: int, said: str) -> None:
+    """A scheduler that has nothing to send would not send the end either."""
+    rank = Rank("a")
+    rank.rooms.open(1, PAGE, 0.0)
+    rank.hear("a", messages.Request(1, 5, 1, prefix, PAGE, False, 0, 1), 1.0)
+    assert rank.rooms.table[1].reason.startswith(said)
+    assert [type(message) for message in rank.said("a")] == [messages.Abort] * bool(said)
+    assert (REFUSED in rank.rooms.table[1].reason) is bool(said)
 
 
 def test_a_chunk_is_repeated_when_the_first_rank_of_its_host_is_done_and_gone() -> None:
