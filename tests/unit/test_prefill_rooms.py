@@ -150,6 +150,22 @@ def test_a_prefix_longer_than_the_prompt_is_another_prompts(prefix: int, said: s
     assert (REFUSED in rank.rooms.table[1].reason) is bool(said)
 
 
+@pytest.mark.parametrize(("most", "state"), [(2, RoomState.TRANSFERRING), (1, RoomState.FAILED)])
+def test_more_chunks_than_a_rank_could_say_that_it_has_fail_their_room(
+    most: int, state: RoomState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(messages, "MAX_SEQUENCES", most)
+    rank = Rank("a")
+    rank.hear("a", request(1), 1.0)
+    rank.rooms.open(1, PAGE, 2.0)
+    rank.send_all(1, 3.0)
+    room = rank.rooms.table[1]
+    assert room.state is state
+    if state is RoomState.FAILED:
+        assert "takes 2 chunks of at most 96 bytes, and a room has at most 1; raise --tpla-chunk-bytes" in room.reason
+        assert [type(message) for message in rank.said("a")] == [messages.Abort] and not rank.lanes.ready
+
+
 def test_a_chunk_is_repeated_when_the_first_rank_of_its_host_is_done_and_gone() -> None:
     """Lanes go by their first rank; one that has all must not hold up the others when it leaves."""
     rank = Rank("a", "b")

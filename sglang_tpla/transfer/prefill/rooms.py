@@ -275,6 +275,9 @@ class Rooms:
     def _advance(self, room: Room, now: float) -> None:
         """Move a room on as far as requests and rows allow."""
         self._lanes.form(room)
+        if wrong := self._lanes.too_many_chunks(room):
+            self.fail(room, wrong, now)
+            return
         self._lanes.proceed(room)
         self._conclude(room, now)
 
