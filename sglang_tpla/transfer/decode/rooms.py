@@ -57,9 +57,11 @@ class Rooms:
         room = self.table[room_id] = Room(room_id, self._generation, sources, born, prompt_tokens, now)
         self.advance(room, now)
 
-    def request(self, room: Room, slots: Slots, metadata_row: int, request: messages.Request, now: float) -> None:
+    def request(
+        self, room: Room, slots: Slots, metadata_row: int, after: Any, request: messages.Request, now: float
+    ) -> None:
         """Ask for a room's rows as soon as its prefill ranks have registered this one."""
-        room.slots, room.metadata_row, room.request = slots, metadata_row, request
+        room.slots, room.metadata_row, room.after, room.request = slots, metadata_row, after, request
         pool = self._pool
         room.coverage = Coverage(len(pool.layers), len(slots), pool.part_items)
         room.requested = room.progress = now

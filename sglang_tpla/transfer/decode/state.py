@@ -123,6 +123,7 @@ class Room:
     reason: str = ""
     slots: Slots = field(default_factory=lambda: Slots(np.empty(0, dtype=np.int64)))
     metadata_row: int = -1
+    after: Any = None  # an event before which no row must be written
     request: messages.Request | None = None  # to each prefill rank, but for its share
     coverage: Coverage | None = None  # from the request on
     requested: float | None = None

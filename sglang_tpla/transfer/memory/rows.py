@@ -183,14 +183,17 @@ class RowWriter:
             return None
         return self._dense.pieces(layers, extents)
 
-    def write(self, layers: range, slots: np.ndarray, part: Part, payload: memoryview) -> bytes:
-        """Write a payload to the rows ``slots`` of the pool layers ``layers`` (by index). Return, once it is there, the
-        checksum of what was written, or nothing if that was not taken on the way.
+    def write(self, layers: range, slots: np.ndarray, part: Part, payload: memoryview, after: Any = None) -> bytes:
+        """Write a payload to the rows ``slots`` of the pool layers ``layers`` (by index), not before the event
+        ``after``. Return, once it is there, the checksum of what was written, or nothing if that was not taken on the
+        way.
         """
         data = np.frombuffer(payload, dtype=np.uint8)
         item = self.pool.dtype.itemsize
         if self._device is not None:
-            return self._device.write(layers, slots, part, data)
+            return self._device.write(layers, slots, part, data, after)
+        if after is not None:
+            after.synchronize()
         assert self._rows is not None
         pieces = self.pieces(layers, find_extents(slots), part)
         if pieces is not None:
