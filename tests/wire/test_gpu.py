@@ -3,10 +3,26 @@
 import pytest
 import torch
 
+from sglang_tpla.transfer.memory import row_kernels
 from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("host", rig.HOSTS)
+def test_rows_are_made_after_their_projection(host: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that is computed while a decode server registers holds the kernels up that make its projection."""
+    weights = row_kernels.weights
+
+    def held_up(z: torch.Tensor) -> torch.Tensor:
+        torch.cuda._sleep(1_000_000_000)
+        return weights(z)
+
+    monkeypatch.setattr(row_kernels, "weights", held_up)
+    prefill, decode = rig.prefill_rank(device="cuda"), rig.decode_rank(rig.projection(0), device="cuda", host=host)
+    with rig.serving(prefill, decode):
+        rig.transfer(prefill, decode, count=9)
 
 
 @pytest.mark.parametrize("host", rig.HOSTS)

@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from sglang_tpla.transfer.decode.connections import WELCOME_DELAY_S
 from sglang_tpla.transfer.room import Limits, RoomState, TransferError
@@ -165,6 +166,30 @@ def test_rows_are_written_after_the_event_that_they_wait_for(host: str | None, t
         rig.succeed(1, prefill, decode)
         assert written
         rig.check_rows(prefill, decode, source, target, 90 * rig.PAGE)
+
+
+def test_rows_are_made_after_the_event_that_their_projection_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that is computed while a decode server registers holds up what makes its projection."""
+    prefill, decode = rig.prefill_rank(), rig.decode_rank(rig.projection(0))
+    made: list[torch.Tensor] = []
+
+    class Made:
+        def synchronize(self) -> None:
+            for stack, values in zip(stacks, made, strict=True):
+                stack.copy_(values)
+
+    stacks: list[torch.Tensor] = []
+
+    def late(z: torch.Tensor) -> torch.Tensor:
+        made.append(z.clone())
+        stacks.append(z.zero_())
+        return z
+
+    monkeypatch.setattr(prefill.agent.peers._projections, "_weights", late)
+    monkeypatch.setattr(prefill.agent.peers._projections, "_queued", lambda: (Made(),))
+    with rig.serving(prefill, decode):
+        rig.transfer(prefill, decode, count=9)
+        assert made
 
 
 def test_rows_are_read_after_the_event_that_they_wait_for() -> None:

@@ -3,7 +3,9 @@
 Everything runs under the agent's lock.
 """
 
+import contextlib
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +32,8 @@ class Projections:
         self._table: dict[tuple[str, RowFormat], SenderProjection] = {}
         self._layers = len(pool.layers)
         self._device = pool.device
+        # what makes a projection goes before a prompt's kernels, as chunks do
+        self._stream = torch.cuda.Stream(pool.device, priority=-1) if pool.device.type == "cuda" else None
         self._weights = (row_kernels if pool.device.type == "cuda" else row_kernels_reference).weights
 
     def begin(self, peer: Peer) -> None:
@@ -62,7 +66,8 @@ class Projections:
         upload.next_index += 1
         if message.index < self._layers:
             values = np.frombuffer(data, dtype="<f4").astype(np.float32).reshape(layout.latent_dim, width)
-            upload.kept.append(torch.from_numpy(values).to(self._device))
+            with self._queue():
+                upload.kept.append(torch.from_numpy(values).to(self._device))
         if upload.next_index < len(layout.widths):
             return ""
         peer.upload = None
@@ -74,10 +79,18 @@ class Projections:
             self._table = {other: kept for other, kept in self._table.items() if other in used}
             if len(self._table) >= MAX_PROJECTIONS:
                 return f"this rank keeps at most {MAX_PROJECTIONS} projections; close unused decode servers"
-            stacks = stack_layers(upload.kept, peer.row_format.layers)
-            self._table[key] = SenderProjection(tuple(map(self._weights, stacks)))
+            with self._queue():
+                stacks = stack_layers(upload.kept, peer.row_format.layers)
+                self._table[key] = SenderProjection(tuple(map(self._weights, stacks)), self._queued())
         peer.projection = self._table[key]
         return ""
+
+    def _queue(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _queued(self) -> tuple[Any, ...]:
+        """Return events behind all that was queued: a prompt that is computed meanwhile holds it up for long."""
+        return () if self._stream is None else (self._stream.record_event(),)
 
 
 def _key(peer: Peer) -> tuple[str, RowFormat]:
