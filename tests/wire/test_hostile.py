@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
-from tests.wire.fakes import FakeDecode, FakePrefill, hello
+from tests.wire.fakes import TOKEN, FakeDecode, FakePrefill, hello, welcome
 
 DIGEST = messages.checksum(b"")
 
@@ -302,6 +302,25 @@ def test_chunk_outside_what_was_asked_fails_its_room(
     said = said.format(*(rows * decode.row_bytes for rows in range(5)))
     rig.fail(1, said, decode)
     assert said in server.expect(messages.Abort).reason
+
+
+def test_a_second_welcome_does_not_fail_a_room_whose_rows_are_on_their_way(
+    decode: rig.DecodeRank, server: FakePrefill
+) -> None:
+    """A room fails once its writes have ended. What prompts a prefill rank takes counts before rows are asked for."""
+    decode.agent.open_room(1, [server.peer], prompt_tokens=40)
+    server.welcome()
+    rig.wait(lambda: decode.agent.poll(1) == RoomState.WAITING, "registration")
+    decode.agent.request(1, rig.pages(1, 10), metadata_row=3, expected_ranks=1)
+    server.expect(messages.Request)
+    offer = messages.DataChannel(server.server.getsockname()[1], TOKEN, None)
+    server.say(welcome(offer, context_tokens=39))
+    server.say(messages.Ping(7))
+    server.expect(messages.Pong)
+    assert decode.agent.poll(1) == RoomState.TRANSFERRING, decode.agent.failure(1)
+    decode.agent.close_room(1)
+    decode.agent.open_room(2, [server.peer], prompt_tokens=40)
+    rig.fail(2, "a prompt of 40 tokens does not fit", decode)
 
 
 def test_chunk_beyond_its_credit_fails_its_room(decode: rig.DecodeRank, server: FakePrefill) -> None:

@@ -82,7 +82,8 @@ class Rooms:
                 why = f"the {connection.name} started after this request came; the request can be retried"
                 self.fail(room, why, now)
                 return
-            if linked and (wrong := connection.limits.unsupported_reason(room.prompt_tokens)):
+            # a room that has asked may be written, and what is said of limits came before
+            if linked and not source.asked and (wrong := connection.limits.unsupported_reason(room.prompt_tokens)):
                 self.fail(room, f"the {connection.name} {REFUSED}{wrong}", now)
                 return
         ready = all(source.connection.link is Link.REGISTERED for source in real)
