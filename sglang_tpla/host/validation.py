@@ -68,6 +68,8 @@ def check_flags(args: Any) -> None:
     refusals = [
         (sliced and args.dcp_size > 1, "--dcp-size", "decode context parallelism (DCP) gathers every rank's queries "
          "against one whole latent, and TPLA ranks hold different slices"),
+        (args.attn_cp_size > 1, "--attn-cp-size", "decode servers ask the first of a prompt's context ranks for its "
+         "rows, and the rooms of the others, for which nobody asks, would fail every request"),
         (args.enable_hierarchical_cache, "--enable-hierarchical-cache", "the hierarchical cache backs up rank 0's "
          "cache for all ranks, and TPLA ranks hold different slices"),
         (args.disaggregation_decode_enable_offload_kvcache, "--disaggregation-decode-enable-offload-kvcache",

@@ -29,6 +29,8 @@ MAX_COLOCATED = 256
 MAX_OFFSETS = 4096
 OPENED, DAMAGED = b"", b"damaged"  # the result of a sealed chunk's tag, in place of a checksum
 MAX_ROOMS = 4096  # in one Expected
+MAX_BITMAP_BYTES = 16 << 10  # of a Resume
+MAX_SEQUENCES = 8 * MAX_BITMAP_BYTES  # chunks of one part of a room
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
@@ -37,7 +39,7 @@ Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Layers = Annotated[tuple[Small, ...], Meta(min_length=1, max_length=MAX_LAYERS)]
 Name = Annotated[str, Meta(max_length=256)]
 Sentence = Annotated[str, Meta(max_length=2048)]
-Bitmap = Annotated[bytes, Meta(max_length=16 << 10)]
+Bitmap = Annotated[bytes, Meta(max_length=MAX_BITMAP_BYTES)]
 Digest = Annotated[bytes, Meta(min_length=CHECKSUM_BYTES, max_length=CHECKSUM_BYTES)]
 Port = Annotated[int, Meta(ge=1, le=65535)]
 Key = Annotated[bytes, Meta(min_length=CHANNEL_KEY_BYTES, max_length=CHANNEL_KEY_BYTES)]

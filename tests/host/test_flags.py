@@ -1,4 +1,6 @@
-"""The dtype of a decode server's cache: FP8 rows are retired, and sketched rows may be given SGLang's name of bytes."""
+"""Flags that SGLang takes and this package refuses: an FP8 cache (but SGLang's name of bytes for sketched rows), and
+context parallelism.
+"""
 
 import inspect
 from types import SimpleNamespace
@@ -41,3 +43,17 @@ def test_an_fp8_cache(imported: None, monkeypatch: pytest.MonkeyPatch, rows: str
     said = str(refusal.value)
     assert said.startswith(f"--kv-cache-dtype {dtype} does not go") and said.endswith(f"drop --kv-cache-dtype {dtype}")
     assert ("FP8 rows, which were retired" in said and "use --tpla-rows sketched" in said) == (rows != "sketched")
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_context_parallelism(imported: None, monkeypatch: pytest.MonkeyPatch, role: str) -> None:
+    """Of a prompt's context ranks all but one have rooms that no decode rank asks for, and fail."""
+    from sglang_tpla.host import validation
+    from sglang_tpla.host.model import rows as row_choice
+
+    for module in (validation, row_choice):
+        monkeypatch.setattr(module, "settings", lambda: Settings(role))
+        monkeypatch.setattr(module, "artifact", lambda: None)
+    validation.check_flags(given(disaggregation_mode=role))
+    with pytest.raises(ConfigError, match=r"--attn-cp-size does not go with sglang_tpla: .*drop --attn-cp-size"):
+        validation.check_flags(given(disaggregation_mode=role, attn_cp_size=2))

@@ -62,7 +62,7 @@ def test_only_the_prompt_of_the_room_that_is_opened_next_is_noted() -> None:
             lambda self, req: False, queue, SimpleNamespace(bootstrap_room=room, origin_input_ids=[1] * 5)
         )
     assert [manager.noted_prompt(room) for room in (1, 98, 99, None)] == [0, 0, 5, 0]
-    assert vars(manager) == {"agent": manager.agent, "_prompt": (99, 5)}
+    assert vars(manager) == {"agent": manager.agent, "_prompt": (99, 5), "forward_stream": None}
 
 
 @pytest.mark.usefixtures("imported")
@@ -140,6 +140,33 @@ def test_a_prefix_sent_ahead_is_read_when_its_event_says_so() -> None:
         assert written.waited
         rig.check_rows(prefill, decode, source, target, 4 * rig.PAGE)
         sender._end("over")
+
+
+@pytest.mark.usefixtures("engine")
+def test_rows_are_received_behind_the_steps_that_the_engine_has_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queue that opens rooms knows the engine's stream; what it has queued may write into slots that are free."""
+    from sglang_tpla.host.disaggregation.capacity import exceeds
+    from sglang_tpla.host.disaggregation.kv_manager import TplaKVManager
+    from sglang_tpla.host.disaggregation.kv_sender_receiver import TplaKVReceiver
+
+    class Stream:
+        def record_event(self) -> str:
+            return "behind the steps"
+
+    monkeypatch.setattr("torch.cuda.Stream", Stream)
+    manager = TplaKVManager.__new__(TplaKVManager)
+    manager.agent, manager.forward_stream = MagicMock(role="decode"), None
+    assert manager.steps_under_way() is None
+    plain = SimpleNamespace(spec_algorithm=SimpleNamespace(is_none=lambda: True), forward_stream=Stream())
+    queue = SimpleNamespace(
+        kv_manager=manager, max_total_num_tokens=100, num_reserved_decode_tokens=10, scheduler=plain
+    )
+    assert not exceeds(lambda *_: False, queue, MagicMock(origin_input_ids=[1], pd_rebootstrap_in_progress=False))
+    receiver: Any = TplaKVReceiver.__new__(TplaKVReceiver)
+    receiver.kv_mgr, receiver.bootstrap_room, receiver.conclude_state = manager, 7, None
+    receiver._opened, receiver.bootstrap_infos, receiver.required_dst_info_num = True, [{}], 1
+    receiver.send_metadata([2], aux_index=3)
+    assert manager.agent.request.call_args.kwargs["after"] == "behind the steps"
 
 
 def sender_of(manager: SimpleNamespace, room: int, pages: int) -> Any:

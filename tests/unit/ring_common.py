@@ -38,8 +38,7 @@ class MergingBlock(Block):
         self.shared = Memory("merge")  # holds the last segment that is only a part of its request
 
     def hand_over(self, segment: int, consumer: int) -> Steps:
-        """``hand_over()`` with ``announce()``, and a barrier before it (the sketched kernel: ``sync_all()``)."""
-        yield from self.consumers.sync(consumer)
+        """``hand_over()`` with ``announce()``, which one thread calls after a barrier of all that stored."""
         if consumer == 0:
             yield from self.shared.write("segment", segment)
 

@@ -145,5 +145,6 @@ class LatentBlock(MergingBlock):
                 yield from self.join(group, warp, segment)
             yield from self.q_empty.arrive()
             if not self.work.whole[segment]:
+                yield from self.consumers.sync(consumer)
                 yield from self.hand_over(segment, consumer)
         yield from self.merge(consumer)

@@ -14,6 +14,7 @@ from ring_common import CONSUMERS, WARPS, MergingBlock, Work
 from ring_machine import Answer, Copies, Memory, Place, RingError, Steps
 
 EARLY = 1  # kEarly: half tiles that a warp copies before the query has arrived
+PARTS = [(group, warp) for group in range(3) for warp in WARPS]  # of what sums begin with, in the probabilities' memory
 
 
 @dataclass
@@ -80,23 +81,14 @@ class SketchedBlock(MergingBlock):
             yield from self.producers.sync(warp)
 
     def load_query(self, segment: int, first: bool, consumer: int) -> Steps:
-        """``load_query()``, but by way of shared memory, where another warp scales and reorders a warp's columns.
-
-        The kernel keeps the columns in registers, and has neither the first barrier nor ``atomicMax()``.
-        ``consumer`` counts warps.
-        """
-        if consumer == 0:
-            yield from self.largest.write("zero", segment)
-        yield from self.all.sync(consumer)
-        yield from self.query.write(consumer, (segment, "as it came"))
+        """``load_query()``; ``consumer`` counts warps. What sums begin with goes to the probabilities' memory."""
         if first:
             yield from self.query_came.arrive()
-        yield from self.largest.read(["zero"], segment)  # atomicMax()
         yield from self.largest.write(consumer, segment)
         yield from self.all.sync(consumer)
-        yield from self.largest.read(["zero", *range(12)], segment)
-        yield from self.query.read([(consumer + 1) % 12], (segment, "as it came"))
-        yield from self.query.write((consumer + 1) % 12, (segment, "in order"))
+        yield from self.largest.read(range(12), segment)
+        yield from self.query.write(consumer, (segment, "in order"))
+        yield from self.probability.write(PARTS[consumer], ("parts", segment))
         yield from self.all.sync(consumer)
 
     # sketched_scores.cuh
@@ -111,6 +103,7 @@ class SketchedBlock(MergingBlock):
 
     def find_starts(self, group: int, warp: int, segment: int) -> Steps:
         """``find_starts()``; each warp computes a part."""
+        yield from self.probability.read(PARTS, ("parts", segment))
         yield from self.starts.write(4 * group + warp, segment)
         yield from self.consumers.sync(4 * group + warp)
 

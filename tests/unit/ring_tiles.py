@@ -145,6 +145,7 @@ class TilesBlock(MergingBlock):
             done += tiles
             yield from self.consumers.sync(warp)
             if not self.work.whole[segment]:
+                yield from self.consumers.sync(warp)
                 yield from self.hand_over(segment, warp)
         yield from self.merge(warp)
 
@@ -160,5 +161,6 @@ class TilesBlock(MergingBlock):
             yield from self.consumers.sync(consumer)
             yield from self.total.read([warp], segment)
             if not self.work.whole[segment]:
+                yield from self.consumers.sync(consumer)
                 yield from self.hand_over(segment, consumer)
         yield from self.merge(consumer)

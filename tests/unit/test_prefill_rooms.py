@@ -18,7 +18,7 @@ from sglang_tpla.transfer.prefill.ended_rooms import EndedRooms
 from sglang_tpla.transfer.prefill.lanes import Lanes
 from sglang_tpla.transfer.prefill.rooms import Rooms
 from sglang_tpla.transfer.prefill.state import Outgoing, Peer, Room, SenderProjection, Span
-from sglang_tpla.transfer.room import RoomState
+from sglang_tpla.transfer.room import REFUSED, RoomState
 
 LAYERS, WIDTH, ROPE, PAGE, CHUNK_BYTES = 2, 4, 2, 4, 4 * 6 * 4
 SETTINGS = Settings(role="prefill", transfer_timeout_s=20.0)
@@ -137,6 +137,33 @@ def test_every_rank_is_told_once_that_requests_do_not_go_together(
     assert sorted(identity for identity, *_ in told) == [b"a", b"b", b"c"]
     assert all(type(message) is messages.Abort and why in message.reason for _, message, _ in told)
     assert not rank.rooms.early_requests
+
+
+@pytest.mark.parametrize(("prefix", "said"), [(PAGE, ""), (PAGE + 1, f"{PAGE + 1} tokens are cached at decode")])
+def test_a_prefix_longer_than_the_prompt_is_another_prompts(prefix: int, said: str) -> None:
+    """A scheduler that has nothing to send would not send the end either."""
+    rank = Rank("a")
+    rank.rooms.open(1, PAGE, 0.0)
+    rank.hear("a", messages.Request(1, 5, 1, prefix, PAGE, False, 0, 1), 1.0)
+    assert rank.rooms.table[1].reason.startswith(said)
+    assert [type(message) for message in rank.said("a")] == [messages.Abort] * bool(said)
+    assert (REFUSED in rank.rooms.table[1].reason) is bool(said)
+
+
+@pytest.mark.parametrize(("most", "state"), [(2, RoomState.TRANSFERRING), (1, RoomState.FAILED)])
+def test_more_chunks_than_a_rank_could_say_that_it_has_fail_their_room(
+    most: int, state: RoomState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(messages, "MAX_SEQUENCES", most)
+    rank = Rank("a")
+    rank.hear("a", request(1), 1.0)
+    rank.rooms.open(1, PAGE, 2.0)
+    rank.send_all(1, 3.0)
+    room = rank.rooms.table[1]
+    assert room.state is state
+    if state is RoomState.FAILED:
+        assert "takes 2 chunks of at most 96 bytes, and a room has at most 1; raise --tpla-chunk-bytes" in room.reason
+        assert [type(message) for message in rank.said("a")] == [messages.Abort] and not rank.lanes.ready
 
 
 def test_a_chunk_is_repeated_when_the_first_rank_of_its_host_is_done_and_gone() -> None:

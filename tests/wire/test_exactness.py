@@ -1,5 +1,7 @@
 """Received rows equal the sent rows, raw ones to the bit and projected ones by the formula, for every T and P."""
 
+import socket
+
 import numpy as np
 import pytest
 import torch
@@ -131,6 +133,21 @@ def test_rooms_to_an_all_dummy_prefill_rank_succeed_without_sending() -> None:
         rig.succeed(4, sender, idle, decode)
         assert idle.agent.stats().wire_bytes == 0
         rig.check_rows(sender, decode, source, destination, 24)
+
+
+def test_a_dummy_prefill_rank_that_never_answers_is_not_waited_for_after_it_is_given_up() -> None:
+    prefill, decode = rig.prefill_rank(), rig.decode_rank()
+    with rig.serving(prefill, decode), socket.create_server(("127.0.0.1", 0)) as silent:
+        source, destination = rig.pages(1, 6), rig.pages(2, 6)
+        prefill.agent.open_room(4)
+        rig.ask(decode, [prefill.peer, (*silent.getsockname(), True)], 4, destination)
+        rig.send(prefill, 4, source)
+        rig.wait(lambda: decode.agent.metric(4).tokens == 24, "the last message")
+        assert decode.agent.poll(4) == RoomState.TRANSFERRING
+        rig.wait(lambda: decode.agent.stats().peers_lost == 1, "the end of the silent rank's patience")
+        rig.wait(lambda: decode.agent.poll(4).ended, "the room's end", timeout_s=10.0)  # long before its deadline
+        rig.succeed(4, prefill, decode)
+        rig.check_rows(prefill, decode, source, destination, 24)
 
 
 @pytest.mark.parametrize("host", rig.HOSTS)

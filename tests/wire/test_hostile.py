@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.room import RoomState
 from tests.wire import rig
-from tests.wire.fakes import FakeDecode, FakePrefill, hello
+from tests.wire.fakes import TOKEN, FakeDecode, FakePrefill, hello, welcome
 
 DIGEST = messages.checksum(b"")
 
@@ -218,6 +218,26 @@ def test_projection_with_another_hash_is_refused(prefill: rig.PrefillRank, fake:
     assert "does not have the hash 000000000000" in fake.expect(messages.Refused)[0].reason
 
 
+@pytest.mark.parametrize("name", ["", "identity"])
+def test_a_projection_is_not_used_for_other_rows_than_its_own(prefill: rig.PrefillRank, name: str) -> None:
+    """A rank that names another's projection, or that of ranks without one, sends its own for rows of other widths."""
+    owner = rig.decode_rank(rig.projection(0))
+    with (
+        contextlib.closing(owner.agent),
+        contextlib.closing(FakeDecode(prefill.agent.address[1])) as fake,
+    ):
+        rig.transfer(prefill, owner, 77, count=1)
+        rig.close(77, prefill, owner)
+        other = rig.projection(0, width=30, shared=10)
+        layout = msgspec.structs.replace(hello().layout, widths=other.widths, shared=tuple(other.shared))
+        named = name or owner.projection.content_hash
+        fake.say(hello(layout=layout, projection=named))
+        assert fake.expect(messages.Welcome)[0].need_projection
+        for index, data in enumerate(other.layer_bytes):
+            fake.say(messages.ProjectionLayer(named, index, messages.checksum(data)), data)
+        assert f"does not have the hash {named[:12]}" in fake.expect(messages.Refused)[0].reason
+
+
 def test_replays_and_late_messages_are_counted(prefill: rig.PrefillRank, fake: FakeDecode) -> None:
     fake.register()
     before = prefill.agent.stats()
@@ -282,6 +302,25 @@ def test_chunk_outside_what_was_asked_fails_its_room(
     said = said.format(*(rows * decode.row_bytes for rows in range(5)))
     rig.fail(1, said, decode)
     assert said in server.expect(messages.Abort).reason
+
+
+def test_a_second_welcome_does_not_fail_a_room_whose_rows_are_on_their_way(
+    decode: rig.DecodeRank, server: FakePrefill
+) -> None:
+    """A room fails once its writes have ended. What prompts a prefill rank takes counts before rows are asked for."""
+    decode.agent.open_room(1, [server.peer], prompt_tokens=40)
+    server.welcome()
+    rig.wait(lambda: decode.agent.poll(1) == RoomState.WAITING, "registration")
+    decode.agent.request(1, rig.pages(1, 10), metadata_row=3, expected_ranks=1)
+    server.expect(messages.Request)
+    offer = messages.DataChannel(server.server.getsockname()[1], TOKEN, None)
+    server.say(welcome(offer, context_tokens=39))
+    server.say(messages.Ping(7))
+    server.expect(messages.Pong)
+    assert decode.agent.poll(1) == RoomState.TRANSFERRING, decode.agent.failure(1)
+    decode.agent.close_room(1)
+    decode.agent.open_room(2, [server.peer], prompt_tokens=40)
+    rig.fail(2, "a prompt of 40 tokens does not fit", decode)
 
 
 def test_chunk_beyond_its_credit_fails_its_room(decode: rig.DecodeRank, server: FakePrefill) -> None:

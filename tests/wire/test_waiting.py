@@ -3,7 +3,9 @@
 import contextlib
 import time
 
+import numpy as np
 import pytest
+import torch
 
 from sglang_tpla.transfer.decode.connections import WELCOME_DELAY_S
 from sglang_tpla.transfer.room import Limits, RoomState, TransferError
@@ -139,6 +141,55 @@ def test_a_room_id_out_of_range_is_refused_where_it_is_opened(room: object) -> N
             prefill.agent.open_room(room)  # type: ignore[arg-type]
         with pytest.raises(TransferError, match=said):
             decode.agent.open_room(room, [prefill.peer])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("target", [rig.pages(1, 90), np.arange(90, dtype=np.int32)], ids=["scattered", "in a row"])
+@pytest.mark.parametrize("host", rig.HOSTS)
+def test_rows_are_written_after_the_event_that_they_wait_for(host: str | None, target: np.ndarray) -> None:
+    """A step that was launched before its request's end was known still writes into slots that are free again."""
+    prefill, decode, source = rig.prefill_rank(), rig.decode_rank(host=host), rig.pages(0, 90)
+
+    class Step:
+        def synchronize(self) -> None:
+            if not written:
+                written.append(int(target[5]) * rig.PAGE)
+                for layer in decode.pool.layers:
+                    layer[written[0]] = 3
+
+    written: list[int] = []
+    with rig.serving(prefill, decode):
+        prefill.agent.open_room(1)
+        decode.agent.open_room(1, [prefill.peer])
+        rig.wait(lambda: decode.agent.poll(1) == RoomState.WAITING, "registration")
+        decode.agent.request(1, target, metadata_row=3, expected_ranks=1, after=Step())
+        rig.send(prefill, 1, source)
+        rig.succeed(1, prefill, decode)
+        assert written
+        rig.check_rows(prefill, decode, source, target, 90 * rig.PAGE)
+
+
+def test_rows_are_made_after_the_event_that_their_projection_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt that is computed while a decode server registers holds up what makes its projection."""
+    prefill, decode = rig.prefill_rank(), rig.decode_rank(rig.projection(0))
+    made: list[torch.Tensor] = []
+
+    class Made:
+        def synchronize(self) -> None:
+            for stack, values in zip(stacks, made, strict=True):
+                stack.copy_(values)
+
+    stacks: list[torch.Tensor] = []
+
+    def late(z: torch.Tensor) -> torch.Tensor:
+        made.append(z.clone())
+        stacks.append(z.zero_())
+        return z
+
+    monkeypatch.setattr(prefill.agent.peers._projections, "_weights", late)
+    monkeypatch.setattr(prefill.agent.peers._projections, "_queued", lambda: (Made(),))
+    with rig.serving(prefill, decode):
+        rig.transfer(prefill, decode, count=9)
+        assert made
 
 
 def test_rows_are_read_after_the_event_that_they_wait_for() -> None:

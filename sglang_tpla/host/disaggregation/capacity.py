@@ -31,6 +31,8 @@ def exceeds(original: Callable[..., bool], self: Any, req: Any) -> bool:
     manager = self.kv_manager
     if not isinstance(manager, TplaKVManager):
         return original(self, req)
+    if manager.agent.role == "decode":
+        manager.forward_stream = getattr(self.scheduler, "forward_stream", None)
     anew = recomputed_tokens(req)
     tokens = len(req.origin_input_ids) + anew
     refused = original(self, req)

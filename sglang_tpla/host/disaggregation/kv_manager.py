@@ -62,6 +62,7 @@ class TplaKVManager(CommonKVManager):
         self._watched: tuple[int, float] = (-1, 0.0)  # the last room asked for, and the time
         self.rooms_taken: set[int] = set()  # from a request's opening of its room to the end of the request
         self._prompt = (0, 0)  # room and tokens of the request whose room is opened next
+        self.forward_stream: Any = None  # the engine's, on decode
         self._lookups = Lookups(self._look_up)
         self.unanswered = Unanswered()
         self.rank_addresses: dict[str, dict[Place, dict[str, Any]]] = {}  # by bootstrap server
@@ -146,6 +147,17 @@ class TplaKVManager(CommonKVManager):
         """Return the length of the prompt that was noted for a room, or 0 where none was."""
         noted, tokens = self._prompt
         return tokens if noted == room else 0
+
+    def steps_under_way(self) -> Any:
+        """Return an event behind the decode steps that the engine has queued; None where there is no stream of them.
+
+        With overlap scheduling SGLang launches a step before it has read the one before. Where that one ended a
+        request, its slots are free, and may be another's at once, while the step still writes a row into one of them.
+        What the engine writes there comes later on its stream; a row that the agent wrote too early would be lost.
+        """
+        if not isinstance(self.forward_stream, torch.cuda.Stream):
+            return None
+        return self.forward_stream.record_event()
 
     def nap_if_idle(self, room: int) -> None:
         """Leave the interpreter to the agent's threads if the scheduler, which polls a room, only waits.

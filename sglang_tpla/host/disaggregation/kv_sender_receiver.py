@@ -272,6 +272,7 @@ class TplaKVReceiver(_Request, CommonKVReceiver):
                 metadata_row=aux_index,
                 expected_ranks=self.required_dst_info_num,
                 prefix_tokens=decode_prefix_len or 0,
+                after=self.kv_mgr.steps_under_way(),
             )
 
     def poll(self) -> Any:

@@ -11,6 +11,7 @@ The scheduler opens rooms and hands over pages; prefill ranks send as much as cr
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -156,7 +157,14 @@ class DecodeAgent:
             self.rooms.open(room_id, sources, now if born is None else born, prompt_tokens, now)
 
     def request(
-        self, room_id: int, pages: np.ndarray, *, metadata_row: int, expected_ranks: int, prefix_tokens: int = 0
+        self,
+        room_id: int,
+        pages: np.ndarray,
+        *,
+        metadata_row: int,
+        expected_ranks: int,
+        prefix_tokens: int = 0,
+        after: Any = None,
     ) -> None:
         """Ask for a room's rows.
 
@@ -166,6 +174,8 @@ class DecodeAgent:
             metadata_row: row of the metadata buffers to fill, last.
             expected_ranks: how many decode ranks ask each prefill rank for this room.
             prefix_tokens: tokens that are cached here already and are not sent.
+            after: event (``wait``, ``synchronize``) of another stream that may still write rows of these pages, which
+                were another request's.
 
         Raises:
             TransferError: unknown room, asked twice, or pages outside the pool.
@@ -180,7 +190,7 @@ class DecodeAgent:
                 raise TransferError(f"room {room_id} was asked for already on decode rank {self.rank}")
             unknown = -1  # prefill's Finish says how full the last page is
             request = messages.Request(room_id, room.generation, expected_ranks, prefix_tokens, unknown, False, 0, 1)
-            self.rooms.request(room, Slots(slots), metadata_row, request, now)
+            self.rooms.request(room, Slots(slots), metadata_row, after, request, now)
 
     def poll(self, room_id: int) -> RoomState:
         """Return the state of a room: BOOTSTRAPPING until every prefill rank has registered this one, WAITING until

@@ -176,7 +176,7 @@ class Receiver:
                 return None
             extents = room.slots.extents(chunk.first_token, chunk.tokens)
             pieces = self._writer.pieces(layers_of(chunk), extents, Part(chunk.part))
-            if pieces is None:
+            if pieces is None or room.after is not None:  # this thread does not wait
                 return None
             self._rooms.begin(source, chunk, size_bytes)
             more = source.received_bytes < source.wanted_bytes  # a check of the last chunk overlaps with no receive
@@ -227,7 +227,7 @@ class Receiver:
             digest = None  # of the written payload
             with room.writes.one() as allowed:
                 if allowed:
-                    digest = self._writer.write(layers, slots, Part(rows.part), chunk.payload)
+                    digest = self._writer.write(layers, slots, Part(rows.part), chunk.payload, room.after)
             if digest is not None and rows.checksum == messages.OPENED:
                 self._written(chunk, messages.OPENED)
             elif digest == b"":

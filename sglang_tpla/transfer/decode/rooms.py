@@ -58,9 +58,11 @@ class Rooms:
         room = self.table[room_id] = Room(room_id, self._generation, sources, born, prompt_tokens, now)
         self.advance(room, now)
 
-    def request(self, room: Room, slots: Slots, metadata_row: int, request: messages.Request, now: float) -> None:
+    def request(
+        self, room: Room, slots: Slots, metadata_row: int, after: Any, request: messages.Request, now: float
+    ) -> None:
         """Ask for a room's rows as soon as its prefill ranks have registered this one."""
-        room.slots, room.metadata_row, room.request = slots, metadata_row, request
+        room.slots, room.metadata_row, room.after, room.request = slots, metadata_row, after, request
         pool = self._pool
         room.coverage = Coverage(len(pool.layers), len(slots), pool.part_items)
         room.requested = room.progress = now
@@ -81,7 +83,8 @@ class Rooms:
                 why = f"the {connection.name} started after this request came; the request can be retried"
                 self.fail(room, why, now)
                 return
-            if linked and (wrong := connection.limits.unsupported_reason(room.prompt_tokens)):
+            # a room that has asked may be written, and what is said of limits came before
+            if linked and not source.asked and (wrong := connection.limits.unsupported_reason(room.prompt_tokens)):
                 self.fail(room, f"the {connection.name} {REFUSED}{wrong}", now)
                 return
         ready = all(source.connection.link is Link.REGISTERED for source in real)
@@ -140,6 +143,11 @@ class Rooms:
         """Drop the retained chunks and unconfirmed messages of a connection that is gone for good, after its rooms."""
         connection.said.clear()
         self.release(connection)
+        # no dummy request goes there any more, which a room may have waited for
+        for room in self.table.values():
+            source = room.sources.get(connection.address)
+            if source is not None and source.connection is connection and source.dummy:
+                self.finishing.append(room)
 
     def of(self, connection: Connection) -> list[Room]:
         """Return the rooms that have not ended and want rows from a connection."""

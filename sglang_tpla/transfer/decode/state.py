@@ -125,6 +125,7 @@ class Room:
     reason: str = ""
     slots: Slots = field(default_factory=lambda: Slots(np.empty(0, dtype=np.int64)))
     metadata_row: int = -1
+    after: Any = None  # an event; rows may only be written after it
     request: messages.Request | None = None  # for every prefill rank, before its `dummy` and share are filled in
     coverage: Coverage | None = None  # None before the request
     requested: float | None = None

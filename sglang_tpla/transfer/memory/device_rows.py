@@ -131,7 +131,7 @@ class DeviceWriter:
                     row_kernels.scatter(LayerTable([nobodys]), range(1), slots, fields, payload)
         self._stream().synchronize()
 
-    def write(self, layers: range, slots: np.ndarray, part: Part, data: np.ndarray) -> bytes:
+    def write(self, layers: range, slots: np.ndarray, part: Part, data: np.ndarray, after: Any) -> bytes:
         """Write a payload (`rows.RowWriter.write`). Return the checksum of the written bytes, or nothing if that was
         not computed on the way.
         """
@@ -142,6 +142,8 @@ class DeviceWriter:
         with torch.cuda.stream(self._stream()):
             payload = host.to(self.pool.device, non_blocking=True).view(self.pool.dtype)
             index = _on_device(slots, self.pool.device)
+            if after is not None:
+                self._stream().wait_event(after)
             start = 0
             for rows, run in groupby(layers, self.pool.row_format.layers.__getitem__):
                 alike = list(run)

@@ -184,14 +184,17 @@ class RowWriter:
             return None
         return self._dense.pieces(layers, extents)
 
-    def write(self, layers: range, slots: np.ndarray, part: Part, payload: memoryview) -> bytes:
-        """Write a payload to the rows ``slots`` of the pool layers ``layers`` (by index). After the write, return the
-        checksum of the written bytes, or nothing if that was not computed on the way.
+    def write(self, layers: range, slots: np.ndarray, part: Part, payload: memoryview, after: Any = None) -> bytes:
+        """Write a payload to the rows ``slots`` of the pool layers ``layers`` (by index), not before the event
+        ``after``. After the write, return the checksum of the written bytes, or nothing if that was not computed on the
+        way.
         """
         data = np.frombuffer(payload, dtype=np.uint8)
         item = self.pool.dtype.itemsize
         if self._device is not None:
-            return self._device.write(layers, slots, part, data)
+            return self._device.write(layers, slots, part, data, after)
+        if after is not None:
+            after.synchronize()
         assert self._rows is not None
         pieces = self.pieces(layers, find_extents(slots), part)
         if pieces is not None:

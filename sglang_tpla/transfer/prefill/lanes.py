@@ -86,6 +86,20 @@ class Lanes:
             for destination in lane.takers:
                 destination.lanes.append(lane)
 
+    def too_many_chunks(self, room: Room) -> str:
+        """Return why a room's chunks cannot be numbered, or nothing.
+
+        A rank that came back could not say which of them it has: its Resume would be malformed, and it would connect
+        anew until the room's deadline, together with the rooms of all its neighbours.
+        """
+        for plan in room.plans:
+            if len(plan.rectangles) > messages.MAX_SEQUENCES:
+                return (
+                    f"a prompt of {room.tokens} tokens takes {len(plan.rectangles)} chunks of at most {plan.max_bytes} "
+                    f"bytes, and a room has at most {messages.MAX_SEQUENCES}; raise --tpla-chunk-bytes"
+                )
+        return ""
+
     def proceed(self, room: Room) -> None:
         """Queue the chunks of a room that are ready, announce their bytes, and finish the room after its last rows."""
         if not room.formed:

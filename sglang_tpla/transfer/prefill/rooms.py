@@ -14,7 +14,7 @@ from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.prefill.ended_rooms import EndedRooms
 from sglang_tpla.transfer.prefill.lanes import Lanes
 from sglang_tpla.transfer.prefill.state import Destination, Outgoing, Peer, Room, RoomRequest, Span
-from sglang_tpla.transfer.room import REFUSED, RoomState
+from sglang_tpla.transfer.room import OTHER_PROMPT, REFUSED, RoomState
 
 MAX_EARLY_REQUESTS = 16384  # from one peer, for rooms that the scheduler has not opened
 
@@ -256,6 +256,10 @@ class Rooms:
             wrong = f"{asked} decode ranks asked, {asks.expected_ranks} were expected"
         elif len(prefixes) > 1:
             wrong = f"decode ranks disagree on the cached prefix: {prefixes} tokens"
+        elif room.prompt_tokens and prefixes and prefixes[0] > room.prompt_tokens:
+            # the scheduler would have nothing to send, and never say that this was all
+            cached = f"{prefixes[0]} tokens are cached at decode"
+            wrong = f"{cached} where the prompt has {room.prompt_tokens}: {OTHER_PROMPT}"
         else:
             wrong = ""
         if wrong:
@@ -271,6 +275,9 @@ class Rooms:
     def _advance(self, room: Room, now: float) -> None:
         """Advance a room as far as its requests and rows allow."""
         self._lanes.form(room)
+        if wrong := self._lanes.too_many_chunks(room):
+            self.fail(room, wrong, now)
+            return
         self._lanes.proceed(room)
         self._conclude(room, now)
 

@@ -86,7 +86,8 @@ class Sender:
         first = rectangle.first_layer
         stacks = plan.projection.stacks
         start = rectangle.first_token - span.first_token
-        self.reader.wait(span.ready)
+        ready = (*span.ready, *plan.projection.ready)
+        self.reader.wait(ready)
         if not job.slot.buffer.size:
             pieces = self.reader.pieces(rectangle, span.slots.extents(start, rectangle.tokens))
             if self._router.listener.sealed:
@@ -103,7 +104,7 @@ class Sender:
             plan.part,
             payload,
             plan.row_format.part(first, rectangle.layers),
-            span.ready,
+            ready,
         )
         return one_piece(payload), reading
 

@@ -62,6 +62,7 @@ class SenderProjection:
 
     # the `projection.stack_layers`, each converted by `weights` of the pool's kernels; None for the raw latent
     stacks: tuple[torch.Tensor, ...] | None
+    ready: tuple[Any, ...] = ()  # events before which they must not be read
 
 
 @dataclass(eq=False)
