@@ -1,6 +1,7 @@
 """Rotary embedding with DeepSeek's interleaved pairs and yarn, as in SGLang's ``DeepseekScalingRotaryEmbedding``.
 
-A rotated vector keeps its pairs side by side, as in SGLang's cache. Exact scores depend only on query and key having
+A model whose ``rope_interleave`` is false pairs the two halves instead. A rotated vector keeps the order of its values,
+as in SGLang's cache. Exact scores depend only on query and key having
 the same layout (transformers' has all first halves first), but an 8-bit key is rounded by the number of its column.
 """
 
@@ -29,8 +30,11 @@ class Rotary:
         return (angles.cos() * self.amplitude).to(dtype), (angles.sin() * self.amplitude).to(dtype)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate interleaved pairs of x [..., S, e] by tables [S, e/2]; the order of values stays."""
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, halves: bool = False) -> torch.Tensor:
+    """Rotate interleaved pairs of x [..., S, e], or its halves, by tables [S, e/2]; the order of values stays."""
+    if halves:
+        first, second = x.chunk(2, -1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
 
