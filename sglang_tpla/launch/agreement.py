@@ -106,9 +106,9 @@ def for_router(arguments: Sequence[Argument]) -> list[Argument]:
     """Return the router's arguments, with hosts in the form that it needs."""
     result = []
     for argument in arguments:
-        value = argument.value or ""
         if argument.name in HOSTS:
-            argument = Argument(argument.name, (f"--{argument.name}", router_address(argument.name, value)))
+            address = router_address(argument.name, argument.value or "")
+            argument = Argument(argument.name, (f"--{argument.name}", address))
         if argument.name in ("prefill", "decode"):
             check_router_server(argument)
         result.append(argument)

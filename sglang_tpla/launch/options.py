@@ -196,7 +196,7 @@ def read(tokens: Sequence[str], environ: Mapping[str, str]) -> Options:
     rest = [argument for argument in arguments if argument.name not in ours]
     log_dir = None
     if role == "all":
-        log_dir = next((a.value for a in rest if a.name == "log-dir"), None)
+        log_dir = next((convert(a.value, "str", "--log-dir") for a in rest if a.name == "log-dir"), None)
         if log_dir is None and (named := file.common.get("log-dir")):
             log_dir = convert(named, "str", f"log-dir in {file.path}")
         rest = [argument for argument in rest if argument.name != "log-dir"]

@@ -4,6 +4,7 @@ import errno
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shlex
 import socket
 import sys
@@ -33,6 +34,7 @@ DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 30000
 DEFAULT_BOOTSTRAP_PORT = 8998
 DEFAULT_GUESSES = 3  # SGLang's own for these models
+MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "sglang_tpla"
 
 
@@ -124,7 +126,7 @@ def _server(role: str, arguments: list[Argument], options: Options) -> Process:
         bootstrap = integer(arguments, "disaggregation-bootstrap-port", DEFAULT_BOOTSTRAP_PORT)
         port = integer(arguments, "port", DEFAULT_PORT)
         check_distinct({"the prefill server": port, "its bootstrap server": bootstrap})
-    if not has(arguments, "model-path"):
+    if not value_of(arguments, "model-path"):
         raise ConfigError(f"a {role} server needs --model-path MODEL (a folder or a model's name)")
     if role == "decode":
         _check_layout(settings, arguments)
@@ -235,6 +237,21 @@ def check_installation(environ: Mapping[str, str] = os.environ) -> None:
     allowed = environ.get("SGLANG_PLUGINS", "")
     if allowed and PLUGIN_NAME not in [name.strip() for name in allowed.split(",")]:
         raise ConfigError(f"SGLANG_PLUGINS={allowed} keeps SGLang from loading {PLUGIN_NAME}; add it or unset that")
+
+
+def check_model_path(process: Process) -> None:
+    """Refuse a model's path that is no folder and that the Hugging Face hub cannot know.
+
+    SGLang would ask the hub for it, for a minute, and end with the hub's words about names.
+    """
+    path = value_of(split_tokens(process.command[3:]), "model-path") if process.role != "router" else None
+    if path is None or Path(path).is_dir() or "://" in path:
+        return
+    if Path(path).exists() or not MODEL_NAME.fullmatch(path):
+        raise ConfigError(
+            f"{process.role}: --model-path {path}: expected the folder of a checkpoint, or a model's name such as "
+            f"deepseek-ai/DeepSeek-V3; got {'a file' if Path(path).exists() else 'a path where nothing is'}"
+        )
 
 
 def check_log_dir(log_dir: str | None) -> None:

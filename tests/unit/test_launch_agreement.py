@@ -7,7 +7,7 @@ import pytest
 
 from sglang_tpla.config import ConfigError
 from sglang_tpla.launch import options as launch_options
-from sglang_tpla.launch.roles import Process, plan
+from sglang_tpla.launch.roles import Process, check_model_path, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = ("--role", "all", "--model-path", "examples/nano-mla")
@@ -129,3 +129,19 @@ def test_the_router_drops_no_second_server_of_one_flag(flag: str) -> None:
     servers[flag] += ["http://b:4", "5"]
     with pytest.raises(ConfigError, match=f"--{flag} must be URL.*, once for every {flag} server; got http://a:"):
         planned("--role", "router", "--prefill", *servers["prefill"], "--decode", *servers["decode"])
+
+
+def test_a_model_that_is_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    nowhere = [
+        (str(tmp_path / "none"), "a path where nothing is"),
+        (str(tmp_path / "file"), "a file"),
+        ("a/b/c", "a path"),
+    ]
+    for path, got in nowhere:
+        for role in ("prefill", "all"):
+            with pytest.raises(ConfigError, match=f"prefill: --model-path {path}: expected the folder .*; got {got}"):
+                check_model_path(planned("--role", role, "--model-path", path)[0])
+    for path in ("examples/nano-mla", "deepseek-ai/DeepSeek-V3-0324", "gpt2", "s3://bucket/a/model"):
+        for process in planned("--role", "all", "--model-path", path):
+            check_model_path(process)
