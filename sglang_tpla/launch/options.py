@@ -139,9 +139,14 @@ def check_command_line(arguments: Sequence[Argument]) -> None:
             raise ConfigError(f"command line: there is no --{argument.name}{hint} The flags of one role are {known}")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ConfigError(message)
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the launcher's own command line, for its checks and its help."""
-    result = argparse.ArgumentParser(
+    result = _Parser(
         prog="python -m sglang_tpla.launch",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -181,7 +186,7 @@ def read(tokens: Sequence[str], environ: Mapping[str, str]) -> Options:
 
     Raises:
         ConfigError: a mistake in either.
-        SystemExit: ``--help``, or a command line that argparse refuses.
+        SystemExit: ``--help``.
     """
     check_variables(environ, "environment")
     arguments = split_tokens(tokens)

@@ -7,6 +7,7 @@ import pytest
 
 from sglang_tpla.config import ConfigError
 from sglang_tpla.launch import options as launch_options
+from sglang_tpla.launch.__main__ import main
 from sglang_tpla.launch.roles import Process, check_model_path, plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,3 +146,18 @@ def test_a_model_that_is_nowhere(tmp_path: Path) -> None:
     for path in ("examples/nano-mla", "deepseek-ai/DeepSeek-V3-0324", "gpt2", "s3://bucket/a/model"):
         for process in planned("--role", "all", "--model-path", path):
             check_model_path(process)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (["--role", "boss"], "argument --role: invalid choice: 'boss'"),
+        (["--role", "all", "--config"], "argument --config: expected one argument"),
+        (["--role", "all", "--dry-run", "now"], "unrecognized arguments: now"),
+        (["--role", "all", "--startup-timeout-s", "soon"], "argument --startup-timeout-s: invalid float value: 'soon'"),
+    ],
+)
+def test_a_mistake_is_one_line(tokens: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(tokens) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"sglang_tpla.launch: error: {message}")
