@@ -190,6 +190,8 @@ def make(arguments: argparse.Namespace) -> Artifact:
 
     if arguments.max_kl is not None and arguments.ranks is None:
         raise TransformError("--max-kl chooses g among the divisors of --ranks: give --ranks T as well")
+    if arguments.ranks is not None and arguments.max_kl is None:
+        raise TransformError("--ranks is of --max-kl, which chooses g among its divisors: give both, or --groups")
     if arguments.from_stats and arguments.max_kl is not None:
         raise TransformError("--max-kl measures on text and needs the model: leave out --from-stats")
     # no text is an artifact or statistics, so a corpus needs no mention
@@ -199,6 +201,13 @@ def make(arguments: argparse.Namespace) -> Artifact:
     check_outputs(outputs, {"--from-stats": arguments.from_stats or ()}, arguments.model_path)
     if arguments.from_stats and arguments.save_stats is not None:
         raise TransformError("--save-stats keeps second moments of text; with --from-stats none is read: leave one out")
+    text_flags = {
+        "--corpus": arguments.corpus,
+        "--tokens": arguments.tokens,
+        "--held-out-tokens": arguments.held_out_tokens,
+    }
+    if arguments.from_stats and (asked := [flag for flag, value in text_flags.items() if value]):
+        raise TransformError(f"--from-stats has second moments, and no text is read: leave out {' and '.join(asked)}")
     wanted = None if arguments.max_kl is None else _wanted(arguments, rows, spec)
     if arguments.from_stats:
         if transform == "learned" or arguments.refit_values:
