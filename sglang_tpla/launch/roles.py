@@ -24,6 +24,7 @@ from sglang_tpla.launch.agreement import (
     for_router,
     for_server,
     router_key,
+    transfer_ports,
 )
 from sglang_tpla.launch.flags import Argument, from_mapping, has, integer, split_tokens, to_tokens, value_of
 from sglang_tpla.launch.options import Options
@@ -103,6 +104,7 @@ def _plan_all(options: Options) -> list[Process]:
             "the prefill server": integer(prefill, "port", 0),
             "the decode server": integer(decode, "port", 0),
             "the bootstrap server": integer(prefill, "disaggregation-bootstrap-port", 0),
+            **transfer_ports(options.settings("prefill"), prefill),
         }
     )
     bootstrap = value_of(prefill, "disaggregation-bootstrap-port") or ""
@@ -125,7 +127,8 @@ def _server(role: str, arguments: list[Argument], options: Options) -> Process:
     if role == "prefill":
         bootstrap = integer(arguments, "disaggregation-bootstrap-port", DEFAULT_BOOTSTRAP_PORT)
         port = integer(arguments, "port", DEFAULT_PORT)
-        check_distinct({"the prefill server": port, "its bootstrap server": bootstrap})
+        ports = {"the prefill server": port, "its bootstrap server": bootstrap}
+        check_distinct(ports | transfer_ports(settings, arguments))
     if not value_of(arguments, "model-path"):
         raise ConfigError(f"a {role} server needs --model-path MODEL (a folder or a model's name)")
     if role == "decode":

@@ -151,6 +151,28 @@ def test_a_model_that_is_nowhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
+        (("--tpla-listen-port", "30000"), "the prefill server and the transfers of prefill rank 0 would both"),
+        (("--tpla-listen-port", "8995", "--tp", "2"), "bootstrap server and the data channels of prefill rank 1 would"),
+        (("--tpla-listen-port", "29990", "--tp", "2", "--dp", "4"), "server and the transfers of prefill rank 5 would"),
+        (("--tpla-listen-port", "65534", "--tp", "2"), "--tpla-listen-port 65534: 2 ranks take the ports up to 65537"),
+        (("--tpla-advertise", "a:65530", "--tp", "4"), "--tpla-advertise must be HOST or HOST:PORT"),
+    ],
+)
+def test_transfers_have_ports_of_their_own(tokens: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        planned("--role", "prefill", "--model-path", "examples/nano-mla", *tokens)
+
+
+def test_transfers_keep_off_the_other_servers() -> None:
+    for port in ("29997", "30001"):
+        with pytest.raises(ConfigError, match=r"(transfers|data channels) of prefill rank [01]"):
+            planned(*ALL, "--prefill.tpla-listen-port", port, "--prefill.tp-size", "2")
+    planned(*ALL, "--prefill.tpla-listen-port", "30005", "--prefill.tp-size", "2", "--tpla-advertise", "a:65532")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
         (["--role", "boss"], "argument --role: invalid choice: 'boss'"),
         (["--role", "all", "--config"], "argument --config: expected one argument"),
         (["--role", "all", "--dry-run", "now"], "unrecognized arguments: now"),
