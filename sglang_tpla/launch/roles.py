@@ -198,10 +198,13 @@ def _url(arguments: Sequence[Argument]) -> str:
 
 
 def _check_layout(settings: Settings, arguments: Sequence[Argument]) -> None:
-    """Refuse a number of groups that divides neither ranks nor heads."""
+    """Refuse a number of groups that divides neither ranks nor heads, and attention groups that do not divide ranks."""
     tp_size = integer(arguments, "tp-size", 1)
-    older = has(arguments, "enable-dp-attention")
-    tp_size //= max(1, integer(arguments, "dp-size" if older else "attn-dp-size", 1))
+    flag = "dp-size" if has(arguments, "enable-dp-attention") else "attn-dp-size"
+    attention_groups = max(1, integer(arguments, flag, 1))
+    if tp_size % attention_groups:
+        raise ConfigError(f"--{flag} must divide --tp-size {tp_size}; got {attention_groups}")
+    tp_size //= attention_groups
     model_config = Path(value_of(arguments, "model-path") or "") / "config.json"
     heads = tp_size  # any number of ranks divides it
     if model_config.is_file():

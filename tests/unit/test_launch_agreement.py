@@ -163,6 +163,12 @@ def test_transfers_have_ports_of_their_own(tokens: tuple[str, ...], message: str
         planned("--role", "prefill", "--model-path", "examples/nano-mla", *tokens)
 
 
+@pytest.mark.parametrize("flags", [("--attn-dp-size", "3"), ("--dp", "3", "--enable-dp-attention")])
+def test_attention_groups_divide_the_ranks(flags: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"dp-size must divide --tp-size 2; got 3"):
+        planned("--role", "decode", "--model-path", "examples/nano-mla", "--tp", "2", *flags)
+
+
 def test_transfers_keep_off_the_other_servers() -> None:
     for port in ("29997", "30001"):
         with pytest.raises(ConfigError, match=r"(transfers|data channels) of prefill rank [01]"):
