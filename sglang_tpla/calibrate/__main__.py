@@ -15,7 +15,7 @@ from sglang_tpla.cache_rows.sketched import ROPE_BITS, SKETCH_BITS
 from sglang_tpla.calibrate import pipeline
 from sglang_tpla.calibrate.layout_search import Search, each, search, table
 from sglang_tpla.calibrate.learn_layer import LearnPlan
-from sglang_tpla.calibrate.learn_model import learn_model
+from sglang_tpla.calibrate.learn_model import forget_finished, learn_model
 from sglang_tpla.calibrate.sketch_layout import sketched_rows, usual_rows
 from sglang_tpla.calibrate.sketch_search import SketchedSearch
 from sglang_tpla.calibrate.transforms import TRANSFORMS, TransformError, check_settings
@@ -148,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         artifact = make(arguments)
         artifact.save(arguments.out)
+        forget_finished(_work_folder(arguments.out), artifact.meta.num_layers)
     except ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -254,13 +255,17 @@ def make(arguments: argparse.Namespace) -> Artifact:
             statistics,
             text.calibration,
             learning,
-            arguments.out.parent / f"{arguments.out.name}.work",
+            _work_folder(arguments.out),
             refit=arguments.refit_values,
             show_progress=show,
         )
     if len(text.held_out):
         artifact = pipeline.with_report(artifact, model, text.held_out, plan.prompt_tokens, show_progress=show)
     return artifact
+
+
+def _work_folder(out: Path) -> Path:
+    return out.parent / f"{out.name}.work"
 
 
 def warn_of_gaps(statistics: Statistics) -> None:
