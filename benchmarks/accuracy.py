@@ -20,7 +20,7 @@ from sglang_tpla.artifact.model_identity import weights_hash
 from sglang_tpla.calibrate import pipeline
 from sglang_tpla.calibrate.__main__ import ERRORS
 from sglang_tpla.calibrate.learn_layer import LearnPlan
-from sglang_tpla.calibrate.learn_model import learn_model
+from sglang_tpla.calibrate.learn_model import forget_finished, learn_model
 from sglang_tpla.measure.corpus import CorpusError
 from sglang_tpla.measure.decode_error import measure, model_maps
 from sglang_tpla.measure.paper import paper_layers
@@ -96,6 +96,7 @@ def measure_rows(path: Path, rows: Sequence[Row], settings: Settings) -> list[Ro
             result = _measure(row, model, statistics, text, settings)
             files[row].parent.mkdir(parents=True, exist_ok=True)
             files[row].write_bytes(msgspec.json.format(msgspec.json.encode(result)))
+            forget_finished(settings.cache / "work", model.spec.layers)
     return [msgspec.json.decode(files[row].read_bytes(), type=RowResult) for row in rows]
 
 

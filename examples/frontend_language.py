@@ -8,6 +8,7 @@ checkpoint only continues Python source, so the program asks for that.
 
 import argparse
 import sys
+import warnings
 from typing import Any
 
 import sglang as sgl
@@ -18,7 +19,19 @@ NAMES = ["read", "write", "close"]
 
 
 class RouterEndpoint(sgl.RuntimeEndpoint):
-    """An endpoint behind ``sglang_router``, which takes one text a request, while a server takes a list."""
+    """An endpoint behind ``sglang_router``, which takes one text per request, while a server takes a list.
+
+    The frontend only warns of a request that is refused, and leaves its variable out. ``refused`` keeps the reason.
+    """
+
+    refused: RuntimeError | None = None
+
+    def _assert_success(self, res: Any) -> None:
+        try:
+            super()._assert_success(res)
+        except RuntimeError as error:
+            self.refused = error
+            raise
 
     def _generate_http_request(self, s: Any, data: dict[str, Any]) -> Any:
         for name in ("text", "input_ids"):
@@ -62,16 +75,25 @@ def check(condition: bool, expected: str, came: object) -> None:
 
 
 def main() -> int:
-    """Run the program, and return the exit code; the frontend raises the errors of requests."""
+    """Run the program, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", default="http://127.0.0.1:30000", help="the router, or any SGLang server")
     url = parser.parse_args().url.rstrip("/")
-    console = Console(highlight=False)
     try:
-        sgl.set_default_backend(RouterEndpoint(url))  # this asks the server for its model
-    except (OSError, ValueError) as error:
+        endpoint = RouterEndpoint(url)  # this asks the server for its model
+    except (OSError, ValueError, RuntimeError) as error:
         raise SystemExit(f"error: expected a deployment at {url}; {error}") from error
+    sgl.set_default_backend(endpoint)
+    warnings.filterwarnings("ignore", "Error in stream_executor")
+    try:
+        ask(Console(highlight=False))
+    except KeyError as error:
+        raise SystemExit(f"error: expected an answer from {url}; {endpoint.refused or f'got no {error}'}") from error
+    return 0
 
+
+def ask(console: Console) -> None:
+    """Run every program once, and print what came."""
     state = complete.run(signature="def fibonacci(n):\n")
     check(bool(state["body"].strip()), "a function's body", state["body"])
     console.rule("gen")
@@ -93,7 +115,6 @@ def main() -> int:
     check(all(f"def {name}" in state.text() for name in NAMES), f"methods {NAMES}", state.text())
     console.rule("fork and join")
     console.print(state.text(), markup=False)
-    return 0
 
 
 if __name__ == "__main__":

@@ -273,13 +273,19 @@ class Artifact:
 
 @contextmanager
 def replace_into(path: Path) -> Iterator[str]:
-    """Yield a temporary file in the same folder, which replaces ``path`` if the block ends without an error."""
+    """Yield a temporary file in the same folder, which replaces ``path`` if the block ends without an error.
+
+    Raises:
+        OSError: the file cannot be written, also if safetensors writes it.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     try:
         yield temporary
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
 

@@ -15,7 +15,7 @@ from sglang_tpla.cache_rows.sketched import ROPE_BITS, SKETCH_BITS
 from sglang_tpla.calibrate import pipeline
 from sglang_tpla.calibrate.layout_search import Search, each, search, table
 from sglang_tpla.calibrate.learn_layer import LearnPlan
-from sglang_tpla.calibrate.learn_model import learn_model
+from sglang_tpla.calibrate.learn_model import forget_finished, learn_model
 from sglang_tpla.calibrate.sketch_layout import sketched_rows, usual_rows
 from sglang_tpla.calibrate.sketch_search import SketchedSearch
 from sglang_tpla.calibrate.transforms import TRANSFORMS, TransformError, check_settings
@@ -148,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         artifact = make(arguments)
         artifact.save(arguments.out)
+        forget_finished(_work_folder(arguments.out), artifact.meta.num_layers)
     except ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -190,6 +191,8 @@ def make(arguments: argparse.Namespace) -> Artifact:
 
     if arguments.max_kl is not None and arguments.ranks is None:
         raise TransformError("--max-kl chooses g among the divisors of --ranks: give --ranks T as well")
+    if arguments.ranks is not None and arguments.max_kl is None:
+        raise TransformError("--ranks is of --max-kl, which chooses g among its divisors: give both, or --groups")
     if arguments.from_stats and arguments.max_kl is not None:
         raise TransformError("--max-kl measures on text and needs the model: leave out --from-stats")
     # A corpus need not be checked, because no text is an artifact or statistics.
@@ -199,6 +202,13 @@ def make(arguments: argparse.Namespace) -> Artifact:
     check_outputs(outputs, {"--from-stats": arguments.from_stats or ()}, arguments.model_path)
     if arguments.from_stats and arguments.save_stats is not None:
         raise TransformError("--save-stats keeps second moments of text; with --from-stats none is read: leave one out")
+    text_flags = {
+        "--corpus": arguments.corpus,
+        "--tokens": arguments.tokens,
+        "--held-out-tokens": arguments.held_out_tokens,
+    }
+    if arguments.from_stats and (asked := [flag for flag, value in text_flags.items() if value]):
+        raise TransformError(f"--from-stats has second moments, and no text is read: leave out {' and '.join(asked)}")
     wanted = None if arguments.max_kl is None else _wanted(arguments, rows, spec)
     if arguments.from_stats:
         if transform == "learned" or arguments.refit_values:
@@ -245,13 +255,17 @@ def make(arguments: argparse.Namespace) -> Artifact:
             statistics,
             text.calibration,
             learning,
-            arguments.out.parent / f"{arguments.out.name}.work",
+            _work_folder(arguments.out),
             refit=arguments.refit_values,
             show_progress=show,
         )
     if len(text.held_out):
         artifact = pipeline.with_report(artifact, model, text.held_out, plan.prompt_tokens, show_progress=show)
     return artifact
+
+
+def _work_folder(out: Path) -> Path:
+    return out.parent / f"{out.name}.work"
 
 
 def warn_of_gaps(statistics: Statistics) -> None:

@@ -1,8 +1,9 @@
 """Learn the maps of a whole model, one layer after the other, resumable at every layer.
 
 Finished layers are kept in a folder named after a hash of everything that decides the result (model, text, starting
-maps, plan). So a killed run continues where it stopped, ends with the same bits, and never mixes two settings. The
-folder is removed when the artifact is made.
+maps, plan). So a killed run continues where it stopped, ends with the same bits, and never mixes two settings.
+`forget_finished` removes the folder once the artifact is written: the error report before that takes long too, and a
+disk may be full.
 """
 
 import hashlib
@@ -46,7 +47,7 @@ def learn_model(
         statistics: second moments, for the coordinates.
         tokens: calibration text [N, S].
         plan: steps and batches.
-        work_folder: folder for finished layers; a subfolder named by the settings is made and removed.
+        work_folder: folder for finished layers, in a subfolder named by the settings.
         refit: refit the value maps in closed form at the end of each layer.
         show_progress: show a progress bar over all steps.
 
@@ -60,7 +61,7 @@ def learn_model(
     total = plan.total_steps * model.spec.layers
     with tqdm(total=total, desc="learning", unit="step", disable=not show_progress) as bar:
         for layer, inputs in walk(model, tokens):
-            file = folder / f"layer-{layer}.safetensors"
+            file = _file(folder, layer)
             if file.exists():
                 learned = _load(file, layer, start.meta.groups)
                 bar.update(plan.total_steps)
@@ -77,11 +78,20 @@ def learn_model(
             all_maps.append(learned.maps)
     name = "learned" if plan.steps else f"{start.meta.transform}+refit" if refit else start.meta.transform
     meta = msgspec.structs.replace(start.meta, transform=name, error_report=None)
-    artifact = build(meta, all_maps)
-    shutil.rmtree(folder)
-    if not any(work_folder.iterdir()):
+    return build(meta, all_maps)
+
+
+def forget_finished(work_folder: Path, layers: int) -> None:
+    """Remove the layers of runs that have all of them, whose artifact is written; those of other runs stay."""
+    for folder in work_folder.glob("layers-*"):
+        if all(_file(folder, layer).exists() for layer in range(layers)):
+            shutil.rmtree(folder)
+    if work_folder.exists() and not any(work_folder.iterdir()):
         work_folder.rmdir()
-    return artifact
+
+
+def _file(folder: Path, layer: int) -> Path:
+    return folder / f"layer-{layer}.safetensors"
 
 
 def _refit(attention: Attention, inputs: AttentionInputs, maps: Maps, plan: LearnPlan, layer: int) -> Maps:

@@ -102,7 +102,7 @@ def ask(client: httpx.Client, url: str, body: dict[str, Any], new_tokens: int, *
         answer = client.post(
             f"{url.rstrip('/')}/generate", json={**body, "sampling_params": params, "return_logprob": True}
         )
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:  # the last of a name that no host can have
         raise EndpointError(f"{url} did not answer: {error!r}; is the server up?") from error
     if answer.status_code != 200:
         raise EndpointError(f"{url} answered {answer.status_code}: {answer.text[:300]}")
@@ -117,13 +117,20 @@ def unusable(url: str, error: Exception) -> EndpointError:
     return EndpointError(f"{url} answered without usable log-probabilities ({error!r}); expected SGLang's /generate")
 
 
+def _logprob(value: Any) -> float:
+    found = float(value)
+    if not -math.inf < found < 1:  # rounding may leave one above 0
+        raise ValueError(f"expected a log-probability, got {found}")
+    return found
+
+
 def _steps(client: httpx.Client, url: str, prompt: str, new_tokens: int) -> list[Step]:
     meta = ask(client, url, {"text": prompt, "top_logprobs_num": TOP_TOKENS}, new_tokens)
     try:
         chosen, tops = meta["output_token_logprobs"], meta["output_top_logprobs"]
         # every entry is [log-probability, token id, text or null]
         return [
-            Step(int(entry[1]), {int(alternative[1]): float(alternative[0]) for alternative in top})
+            Step(int(entry[1]), {int(alternative[1]): _logprob(alternative[0]) for alternative in top})
             for entry, top in zip(chosen, tops, strict=True)
         ]
     except (KeyError, ValueError, TypeError, IndexError) as error:

@@ -70,7 +70,11 @@ class Collector:
         if tokens - self._written < self._every_tokens:
             return
         self._written = tokens
-        self.statistics.save(self._path)
+        try:
+            self.statistics.save(self._path)
+        except OSError as error:  # of a prompt's own step, which goes on; the next write has these sums as well
+            logger.error("statistics of %d tokens were not written: %s", int(tokens), error)
+            return
         logger.info("statistics of %d tokens in %s", int(tokens), self._path)
 
 

@@ -5,6 +5,7 @@ them, and the model and the attention backend after SGLang has resolved them. Ea
 names the setting to drop; the process then ends with that text.
 """
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def check_server_args(original: Callable[..., None], self: Any, *args: Any, **kw
         if settings().statistics_folder is not None:
             self.disable_prefill_cuda_graph = True  # a graph's replay does not run the collector's Python
         check_address(self)
+        check_statistics_folder()
         name_server(self.dist_init_addr, self.nnodes)
         check_config(self.model_path, found := local_config(self.model_path))
         check_sizes(found)
@@ -189,6 +191,20 @@ def check_address(args: Any) -> None:
             listening(*place).close()
         except OSError as error:
             raise ConfigError(port_taken(*place, error)) from error
+
+
+def check_statistics_folder() -> None:
+    """Check that statistics can be kept, which are first written after thousands of tokens."""
+    folder = settings().statistics_folder
+    if folder is None:
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"--tpla-statistics-folder {folder}: expected a folder to write to; {error.strerror}"
+        ) from error
 
 
 def local_config(model_path: str) -> dict[str, Any]:

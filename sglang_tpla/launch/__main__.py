@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from sglang_tpla.config import ConfigError
 from sglang_tpla.launch import options as launch_options
 from sglang_tpla.launch.rendezvous import with_port
-from sglang_tpla.launch.roles import check_free, check_installation, check_log_dir, plan
+from sglang_tpla.launch.roles import check_free, check_installation, check_log_dir, check_model_path, plan
 
 
 def main(tokens: Sequence[str] | None = None) -> int:  # noqa: RET503 (execve does not return)
@@ -29,6 +29,7 @@ def main(tokens: Sequence[str] | None = None) -> int:  # noqa: RET503 (execve do
         check_installation()
         check_log_dir(options.log_dir)
         for process in processes:
+            check_model_path(process)
             check_free(process)
     except ConfigError as error:
         print(f"sglang_tpla.launch: error: {error}", file=sys.stderr)

@@ -85,6 +85,27 @@ def check_settings_alike(prefill: Settings, decode: Settings) -> None:
             )
 
 
+def transfer_ports(settings: Settings, prefill: Sequence[Argument]) -> dict[str, int]:
+    """Return the ports of a prefill server's ranks by what they are for, where ``--tpla-listen-port`` chooses them.
+
+    The ranks would find out when their weights are loaded.
+    """
+    if has(prefill, "nnodes"):  # other machines have some of the ranks
+        return {}
+    replicas = 1 if has(prefill, "enable-dp-attention") else integer(prefill, "dp-size", 1)
+    ranks = max(1, integer(prefill, "tp-size", 1) * replicas)
+    settings.advertised(ranks - 1, ("", 0))
+    if not settings.listen_port:
+        return {}
+    if (last_port := settings.listen_port + 2 * ranks - 1) > LAST_PORT:
+        raise ConfigError(
+            f"--tpla-listen-port {settings.listen_port}: {ranks} ranks take the ports up to {last_port}; the last is "
+            f"{LAST_PORT}"
+        )
+    ports = range(settings.listen_port, last_port + 1)
+    return {f"the {'data channels' if n % 2 else 'transfers'} of prefill rank {n // 2}": p for n, p in enumerate(ports)}
+
+
 def check_distinct(ports: Mapping[str, int]) -> None:
     """Check that no two listeners of this machine share a port."""
     seen: dict[int, str] = {}
@@ -106,9 +127,9 @@ def for_router(arguments: Sequence[Argument]) -> list[Argument]:
     """Return the router's arguments, with hosts in the form that it needs."""
     result = []
     for argument in arguments:
-        value = argument.value or ""
         if argument.name in HOSTS:
-            argument = Argument(argument.name, (f"--{argument.name}", router_address(argument.name, value)))
+            address = router_address(argument.name, argument.value or "")
+            argument = Argument(argument.name, (f"--{argument.name}", address))
         if argument.name in ("prefill", "decode"):
             check_router_server(argument)
         result.append(argument)

@@ -47,8 +47,14 @@ class Argument:
 
     @property
     def value(self) -> str | None:
-        """The flag's only value, or None for a bare flag."""
-        return next(iter(self.values), None)
+        """The flag's only value, or None for a bare flag.
+
+        Raises:
+            ConfigError: several values, as a shell makes of ``*``; the first alone would count.
+        """
+        if len(values := self.values) > 1:  # not shown: one may be a key
+            raise ConfigError(f"--{self.name} takes one value; got {len(values)} values")
+        return next(iter(values), None)
 
 
 def canonical(flag: str) -> str:

@@ -140,9 +140,14 @@ def check_command_line(arguments: Sequence[Argument]) -> None:
             raise ConfigError(f"command line: there is no --{argument.name}{hint} The flags of one role are {known}")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ConfigError(message)
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the launcher's own command line, for its checks and its help."""
-    result = argparse.ArgumentParser(
+    result = _Parser(
         prog="python -m sglang_tpla.launch",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -182,7 +187,7 @@ def read(tokens: Sequence[str], environ: Mapping[str, str]) -> Options:
 
     Raises:
         ConfigError: a mistake in either.
-        SystemExit: ``--help``, or a command line that argparse refuses.
+        SystemExit: ``--help``.
     """
     check_variables(environ, "environment")
     arguments = split_tokens(tokens)
@@ -197,7 +202,7 @@ def read(tokens: Sequence[str], environ: Mapping[str, str]) -> Options:
     rest = [argument for argument in arguments if argument.name not in ours]
     log_dir = None
     if role == "all":
-        log_dir = next((a.value for a in rest if a.name == "log-dir"), None)
+        log_dir = next((convert(a.value, "str", "--log-dir") for a in rest if a.name == "log-dir"), None)
         if log_dir is None and (named := file.common.get("log-dir")):
             log_dir = convert(named, "str", f"log-dir in {file.path}")
         rest = [argument for argument in rest if argument.name != "log-dir"]

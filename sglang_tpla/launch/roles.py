@@ -4,6 +4,7 @@ import errno
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shlex
 import socket
 import sys
@@ -23,6 +24,7 @@ from sglang_tpla.launch.agreement import (
     for_router,
     for_server,
     router_key,
+    transfer_ports,
 )
 from sglang_tpla.launch.flags import Argument, from_mapping, has, integer, split_tokens, to_tokens, value_of
 from sglang_tpla.launch.options import Options
@@ -33,6 +35,7 @@ DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 30000
 DEFAULT_BOOTSTRAP_PORT = 8998
 DEFAULT_GUESSES = 3  # SGLang's default for these models
+MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PLUGIN_GROUP, PLUGIN_NAME = "sglang.srt.plugins", "sglang_tpla"
 
 
@@ -101,6 +104,7 @@ def _plan_all(options: Options) -> list[Process]:
             "the prefill server": integer(prefill, "port", 0),
             "the decode server": integer(decode, "port", 0),
             "the bootstrap server": integer(prefill, "disaggregation-bootstrap-port", 0),
+            **transfer_ports(options.settings("prefill"), prefill),
         }
     )
     bootstrap = value_of(prefill, "disaggregation-bootstrap-port") or ""
@@ -123,8 +127,9 @@ def _server(role: str, arguments: list[Argument], options: Options) -> Process:
     if role == "prefill":
         bootstrap = integer(arguments, "disaggregation-bootstrap-port", DEFAULT_BOOTSTRAP_PORT)
         port = integer(arguments, "port", DEFAULT_PORT)
-        check_distinct({"the prefill server": port, "its bootstrap server": bootstrap})
-    if not has(arguments, "model-path"):
+        ports = {"the prefill server": port, "its bootstrap server": bootstrap}
+        check_distinct(ports | transfer_ports(settings, arguments))
+    if not value_of(arguments, "model-path"):
         raise ConfigError(f"a {role} server needs --model-path MODEL (a folder or a model's name)")
     if role == "decode":
         _check_layout(settings, arguments)
@@ -193,10 +198,16 @@ def _url(arguments: Sequence[Argument]) -> str:
 
 
 def _check_layout(settings: Settings, arguments: Sequence[Argument]) -> None:
-    """Refuse a number of groups that does not divide the ranks, or whose head shards do not divide the heads."""
+    """Refuse groups that do not divide the ranks, or whose head shards do not divide the heads.
+
+    Attention groups must divide the ranks too.
+    """
     tp_size = integer(arguments, "tp-size", 1)
-    older = has(arguments, "enable-dp-attention")
-    tp_size //= max(1, integer(arguments, "dp-size" if older else "attn-dp-size", 1))
+    flag = "dp-size" if has(arguments, "enable-dp-attention") else "attn-dp-size"
+    attention_groups = max(1, integer(arguments, flag, 1))
+    if tp_size % attention_groups:
+        raise ConfigError(f"--{flag} must divide --tp-size {tp_size}; got {attention_groups}")
+    tp_size //= attention_groups
     model_config = Path(value_of(arguments, "model-path") or "") / "config.json"
     heads = tp_size  # without a config, a number that all head shards divide
     if model_config.is_file():
@@ -235,6 +246,21 @@ def check_installation(environ: Mapping[str, str] = os.environ) -> None:
     allowed = environ.get("SGLANG_PLUGINS", "")
     if allowed and PLUGIN_NAME not in [name.strip() for name in allowed.split(",")]:
         raise ConfigError(f"SGLANG_PLUGINS={allowed} keeps SGLang from loading {PLUGIN_NAME}; add it or unset that")
+
+
+def check_model_path(process: Process) -> None:
+    """Refuse a model's path that is no folder and that the Hugging Face hub cannot know.
+
+    SGLang would ask the hub for it, for a minute, and end with the hub's words about names.
+    """
+    path = value_of(split_tokens(process.command[3:]), "model-path") if process.role != "router" else None
+    if path is None or Path(path).is_dir() or "://" in path:
+        return
+    if Path(path).exists() or not MODEL_NAME.fullmatch(path):
+        raise ConfigError(
+            f"{process.role}: --model-path {path}: expected the folder of a checkpoint, or a model's name such as "
+            f"deepseek-ai/DeepSeek-V3; got {'a file' if Path(path).exists() else 'a path where nothing is'}"
+        )
 
 
 def check_log_dir(log_dir: str | None) -> None:

@@ -113,8 +113,8 @@ class Attention:
         return AttentionInputs(
             latent=rms_norm(raw[..., : spec.latent_dim], self.kv_norm, spec.eps),
             q_nope=q[..., : spec.nope_dim],
-            q_rope=rotate(q[..., spec.nope_dim :], cos, sin),
-            k_rope=rotate(raw[..., spec.latent_dim :], cos, sin),
+            q_rope=rotate(q[..., spec.nope_dim :], cos, sin, spec.rope_halves),
+            k_rope=rotate(raw[..., spec.latent_dim :], cos, sin, spec.rope_halves),
         )
 
     def heads_out(self, inputs: AttentionInputs, key_latent: torch.Tensor, value_latent: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Rotary embedding with DeepSeek's interleaved pairs and yarn, as in SGLang's ``DeepseekScalingRotaryEmbedding``.
 
-The two values of a rotated pair stay adjacent, as in SGLang's cache. Exact scores only need the same layout of query
-and key (transformers puts all first halves first), but the rounding of an 8-bit key depends on the column's number.
+A model whose ``rope_interleave`` is false pairs the two halves instead. A rotated vector keeps the order of its values,
+as in SGLang's cache. Exact scores only need the same layout of query and key (transformers puts all first halves
+first), but the rounding of an 8-bit key depends on the column's number.
 """
 
 import math
@@ -29,8 +30,11 @@ class Rotary:
         return (angles.cos() * self.amplitude).to(dtype), (angles.sin() * self.amplitude).to(dtype)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate interleaved pairs of x [..., S, e] by tables [S, e/2], keeping the order of values."""
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, halves: bool = False) -> torch.Tensor:
+    """Rotate interleaved pairs of x [..., S, e], or its halves, by tables [S, e/2], keeping the order of values."""
+    if halves:
+        first, second = x.chunk(2, -1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
 

@@ -22,6 +22,10 @@ from sglang_tpla.reference_model.config_file import (
     whole,
 )
 
+# SGLang follows or refuses other values of these keys; what is computed here has these.
+_FIXED = {"hidden_act": "silu", "swiglu_limit": None}
+_FIXED_YARN = {"attn_factor": 1, "extrapolation_factor": 1, "apply_yarn_scaling": True, "apply_scale": True}
+
 
 @dataclass(frozen=True)
 class Yarn:
@@ -52,7 +56,10 @@ class Routing:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Dimensions and constants; ``scale`` is the softmax scale with yarn's correction."""
+    """Dimensions and constants; ``scale`` is the softmax scale with yarn's correction.
+
+    ``rope_halves`` is whether a rotated pair is a value of the first half and one of the second, and not neighbours.
+    """
 
     hidden: int
     layers: int
@@ -65,6 +72,7 @@ class ModelSpec:
     vocab: int
     eps: float
     rope_theta: float
+    rope_halves: bool
     yarn: Yarn | None
     scale: float
     routing: Routing | None
@@ -80,6 +88,7 @@ class ModelSpec:
         """
         config = language_config(config)
         check_query_scaling(config)
+        _check_fixed(config, _FIXED, config)
         yarn = _read_yarn(rope_scaling(config), config)
         rope_dim, nope_dim = whole(config, "qk_rope_head_dim"), whole(config, "qk_nope_head_dim")
         if rope_dim % 2:
@@ -101,6 +110,7 @@ class ModelSpec:
             vocab=whole(config, "vocab_size"),
             eps=real(config, "rms_norm_eps", 1e-6),
             rope_theta=rope_theta(config),
+            rope_halves=not config.get("rope_interleave", True),
             yarn=yarn,
             scale=scale,
             routing=_read_routing(config),
@@ -118,6 +128,15 @@ def yarn_mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
+def _check_fixed(values: Mapping[str, Any], fixed: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    for key, value in fixed.items():
+        if (found := values.get(key, value)) != value:
+            raise CheckpointError(
+                f"expected {key} to be {'absent' if value is None else repr(value)}, got {found!r}{place(config)}: not "
+                "a model of this family"
+            )
+
+
 def _read_yarn(rope: Mapping[str, Any], config: Mapping[str, Any]) -> Yarn | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
@@ -126,6 +145,7 @@ def _read_yarn(rope: Mapping[str, Any], config: Mapping[str, Any]) -> Yarn | Non
         raise CheckpointError(
             f"expected rope scaling 'yarn' or none, got {kind!r}{place(config)}: not a model of this family"
         )
+    _check_fixed(rope, _FIXED_YARN, config)
     return Yarn(
         factor=real(rope, "factor"),
         original_positions=int(

@@ -43,7 +43,7 @@ def test_prompts_run_without_graphs_where_statistics_are_kept(monkeypatch: pytes
 
     monkeypatch.setattr(validation, "settings", lambda: COLLECTS if collects else Settings("prefill"))
     monkeypatch.setattr(validation, "sketched", lambda: False)
-    for name in ("check_address", "check_model", "name_server"):
+    for name in ("check_address", "check_statistics_folder", "check_model", "name_server"):
         monkeypatch.setattr(validation, name, lambda *args: None)
     monkeypatch.setattr(validation, "local_config", lambda path: {})
     monkeypatch.setattr(validation.compat, "resolved", lambda args: args)
@@ -80,3 +80,32 @@ def test_tokens_of_captures_and_health_checks_do_not_count(tmp_path: Path) -> No
     assert (moments.latent_count, moments.query_count) == (4, 4) and torch.equal(moments.latent_outer, sums)
     step(3)
     assert (moments.latent_count, moments.query_count) == (7, 7)
+
+
+@pytest.mark.usefixtures("engine")
+def test_a_folder_that_is_lost_ends_no_prompt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The sums are written in the middle of a prompt's step, where an exception would end the server."""
+    from sglang_tpla.host.statistics_collector import Collector
+
+    (tmp_path / "lost").touch()
+    meta: Any = None
+    collector = Collector(meta, [LayerMoments.zeros(8, 2, 3, "cpu")], tmp_path / "lost" / "sums", every_tokens=4)
+    observe = [collector._observer(0, name, lambda output: output) for name in ("latent", "q_nope")]
+    for _ in range(2):
+        observe[0](torch.nn.Identity(), None, torch.randn(4, 8))
+        observe[1](torch.nn.Identity(), None, torch.randn(4, 2, 3))
+    assert caplog.text.count("tokens were not written: ") == 2 and collector.statistics.tokens == 8
+
+
+@pytest.mark.usefixtures("imported")
+def test_a_folder_that_cannot_be_made_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from sglang_tpla.host import validation
+
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "new" / "folder", tmp_path / "file"):
+        monkeypatch.setattr(validation, "settings", lambda: Settings("prefill", statistics_folder=str(folder)))  # noqa: B023
+        if folder.name == "folder":
+            validation.check_statistics_folder()
+        else:
+            with pytest.raises(ConfigError, match=f"--tpla-statistics-folder {folder}: expected a folder to write to"):
+                validation.check_statistics_folder()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -279,6 +280,18 @@ def test_partial_kl_is_a_lower_bound() -> None:
 def test_a_server_without_logprobs_is_named() -> None:
     with answering(lambda path, body: (400, b"no")) as server, pytest.raises(EndpointError, match="answered 400"):
         compare_endpoints(f"http://{server}", f"http://{server}", ["x"])
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://localhost:port", "http://a..b", f"http://{'a' * 70}.com"])
+def test_an_address_that_is_none_is_named(url: str) -> None:
+    with pytest.raises(EndpointError, match=re.escape(f"{url} did not answer: ")):
+        compare_endpoints(url, url, ["x"])
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, 1000.0])
+def test_alternatives_that_are_no_logprobs_are_refused(value: float) -> None:
+    with saying([1], [{1: value}]) as server, pytest.raises(EndpointError, match="without usable log-probabilities"):
+        compare_endpoints(server, server, ["x"])
 
 
 def test_tables_replace_only_the_models_measured(tmp_path: Path) -> None:

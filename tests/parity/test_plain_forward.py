@@ -87,6 +87,7 @@ def save_random(kind: str, path: Path, **changes: object):
         ("v3", {}),
         ("v3", {"q_lora_rank": None}),
         ("v3", {"rope_parameters": YARN}),
+        ("v3", {"rope_interleave": False}),
         ("v3", {"n_group": 1, "topk_group": 1, "norm_topk_prob": False}),
         ("v2", {"topk_method": "greedy", "norm_topk_prob": False, "q_lora_rank": None}),
         ("v2", {"topk_method": "greedy", "norm_topk_prob": False, "n_routed_experts": None}),

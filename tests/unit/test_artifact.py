@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import resource
 from pathlib import Path
 
 import msgspec
@@ -188,6 +189,19 @@ def test_truncated_or_missing_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ArtifactError, match="not a readable safetensors file"):
         Artifact.load(path)
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path: Path) -> None:
+    """As which the commands report it; the file of an earlier run stays as it was."""
+    (path := tmp_path / "a.safetensors").write_bytes(b"earlier")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    try:
+        with pytest.raises(OSError, match=rf"{path} cannot be written: "):
+            make_artifact().save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == b"earlier" and list(tmp_path.iterdir()) == [path]
 
 
 def test_another_model_is_refused() -> None:

@@ -62,6 +62,8 @@ def test_makes_an_artifact_with_provenance_twice_the_same(tmp_path: Path) -> Non
         (["--max-kl", "9", "--ranks", "2", "--rows", "plain", "--shared-dims", "5"], "--shared-dims 5 in plain rows"),
         (["--max-kl", "9", "--ranks", "2", "--shared-dims", "33"], "nearest --shared-dims that 2 groups hold"),
         (["--max-kl", "9", "--ranks", str(10**15)], "--ranks of at least 2 and at most 4096"),
+        (["--ranks", "2"], "--ranks is of --max-kl"),
+        (["--from-stats", "x", "--corpus", "docs"], "no text is read: leave out --corpus and --tokens and --held-out"),
         (["--seed", str(10**15), "--transform", "learned"], "expected --seed to lie between"),
         (["--transform", "learned", "--learn-steps", "-1"], "expected steps of learning to be at least 0"),
         (["--max-kl", "9", "--ranks", "2", "--rows", "plain", *NO_WIDTH], "serves no slice width of a latent of 128"),

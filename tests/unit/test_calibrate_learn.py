@@ -14,8 +14,9 @@ import torch.nn.functional as F
 
 from sglang_tpla.artifact.artifact import Artifact, ArtifactError
 from sglang_tpla.calibrate import pipeline
+from sglang_tpla.calibrate.__main__ import main
 from sglang_tpla.calibrate.learn_layer import LearnedLayer, LearnPlan, learn_layer, output_error
-from sglang_tpla.calibrate.learn_model import learn_model
+from sglang_tpla.calibrate.learn_model import forget_finished, learn_model
 from sglang_tpla.calibrate.refit_values import refit_values
 from sglang_tpla.calibrate.transforms import Maps, TransformError
 from sglang_tpla.measure.layer_inputs import batch_of, sample, walk
@@ -159,6 +160,7 @@ def test_resumed_run_ends_with_the_same_bits(
         return learn_model(nano_model, start, statistics, text.calibration, plan, folder)
 
     whole = learn(tmp_path / "whole")
+    forget_finished(tmp_path / "whole", 4)
     assert not (tmp_path / "whole").exists()
     changed = [not torch.equal(whole.maps(la, 0)[1], start.maps(la, 0)[1]) for la in range(4)]
     assert sum(changed) >= 2, "these steps must improve some layers, or this test shows nothing"
@@ -181,6 +183,7 @@ def test_resumed_run_ends_with_the_same_bits(
 
     stop_after(2)
     (folder,) = (tmp_path / "cut").iterdir()
+    forget_finished(tmp_path / "cut", 4)
     kept = sorted(folder.iterdir())
     assert [file.name for file in kept] == ["layer-0.safetensors", "layer-1.safetensors"]
 
@@ -194,6 +197,25 @@ def test_resumed_run_ends_with_the_same_bits(
     stop_after(0, replace(short, seed=1))
     resumed = learn(tmp_path / "cut")
     assert resumed.content_hash == whole.content_hash
+    forget_finished(tmp_path / "cut", 4)
+    assert not folder.exists()
+
+
+def test_a_report_that_fails_costs_no_learning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does an artifact that cannot be written: the layers are kept until it is."""
+    out = tmp_path / "learned.safetensors"
+    few = ["--tokens", "256", "--held-out-tokens", "32", "--prompt-tokens", "64", "--continuation-tokens", "32"]
+    learn = ["--model-path", str(NANO), "--transform", "learned", "--learn-steps", "1", *few, "--out", str(out)]
+
+    def stopped(*_: object, **__: object) -> Artifact:
+        raise OSError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "with_report", stopped)
+        assert main(learn) == 2
+    monkeypatch.setattr("sglang_tpla.calibrate.learn_model.learn_layer", stopped)
+    assert main(learn) == 0
+    assert list(tmp_path.iterdir()) == [out] and Artifact.load(out).meta.transform == "learned"
 
 
 @pytest.mark.slow

@@ -188,6 +188,22 @@ def test_another_choice_of_experts_is_named_with_its_file(key: str, value: Any, 
         ModelSpec.from_config(read_config(written(tmp_path, **{key: value})))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_act": "gelu"},
+        {"swiglu_limit": 7.0},
+        {"rope_scaling": YARN | {"attn_factor": 0.5}},
+        {"rope_parameters": YARN | {"rope_theta": 1e4, "apply_yarn_scaling": False}},
+    ],
+)
+def test_arithmetic_that_the_reference_does_not_have_is_named(changes: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"expected \w+ to be \S+, got \S+ in {tmp_path}.*: not a model of this"):
+        ModelSpec.from_config(read_config(written(tmp_path, **changes)))
+    usual = {"hidden_act": "silu", "swiglu_limit": None, "rope_scaling": YARN | {"attn_factor": 1.0}}
+    assert ModelSpec.from_config(read_config(written(tmp_path, **usual))).yarn
+
+
 def test_values_of_the_rotary_key_are_pairs(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="expected qk_rope_head_dim to be even"):
         ModelSpec.from_config(read_config(written(tmp_path, qk_rope_head_dim=31)))

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tests.ports import free_ports
+from tests.stub_server import answering
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -28,6 +29,20 @@ def test_no_deployment_is_one_clear_error(example: str, url: str) -> None:
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(f"error: expected a deployment at {url}; ")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("model", [200, 503])
+def test_a_refused_program_is_one_clear_error(model: int) -> None:
+    """As a decode server refuses it, which was asked without the router."""
+
+    def answer(path: str, body: bytes) -> tuple[int, bytes]:
+        return (model, b'{"model_path": "m"}') if path == "/get_model_info" else (400, b'{"message": "no room"}')
+
+    with answering(answer) as server:
+        done = run("examples/frontend_language.py", "--url", f"http://{server}")
+    said = "an answer from" if model == 200 else "a deployment at"
+    assert done.returncode == 1 and done.stderr.startswith(f"error: expected {said} http://{server}; {{'m"), done.stderr
+    assert len(done.stderr.splitlines()) == 1 and ("no room" in done.stderr) == (model == 200)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import pytest
 
 from sglang_tpla.config import ConfigError
 from sglang_tpla.launch import options as launch_options
-from sglang_tpla.launch.roles import Process, plan
+from sglang_tpla.launch.__main__ import main
+from sglang_tpla.launch.roles import Process, check_model_path, plan
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = ("--role", "all", "--model-path", "examples/nano-mla")
@@ -129,3 +130,62 @@ def test_the_router_drops_no_second_server_of_one_flag(flag: str) -> None:
     servers[flag] += ["http://b:4", "5"]
     with pytest.raises(ConfigError, match=f"--{flag} must be URL.*, once for every {flag} server; got http://a:"):
         planned("--role", "router", "--prefill", *servers["prefill"], "--decode", *servers["decode"])
+
+
+def test_a_model_that_is_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    nowhere = [
+        (str(tmp_path / "none"), "a path where nothing is"),
+        (str(tmp_path / "file"), "a file"),
+        ("a/b/c", "a path"),
+    ]
+    for path, got in nowhere:
+        for role in ("prefill", "all"):
+            with pytest.raises(ConfigError, match=f"prefill: --model-path {path}: expected the folder .*; got {got}"):
+                check_model_path(planned("--role", role, "--model-path", path)[0])
+    for path in ("examples/nano-mla", "deepseek-ai/DeepSeek-V3-0324", "gpt2", "s3://bucket/a/model"):
+        for process in planned("--role", "all", "--model-path", path):
+            check_model_path(process)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (("--tpla-listen-port", "30000"), "the prefill server and the transfers of prefill rank 0 would both"),
+        (("--tpla-listen-port", "8995", "--tp", "2"), "bootstrap server and the data channels of prefill rank 1 would"),
+        (("--tpla-listen-port", "29990", "--tp", "2", "--dp", "4"), "server and the transfers of prefill rank 5 would"),
+        (("--tpla-listen-port", "65534", "--tp", "2"), "--tpla-listen-port 65534: 2 ranks take the ports up to 65537"),
+        (("--tpla-advertise", "a:65530", "--tp", "4"), "--tpla-advertise must be HOST or HOST:PORT"),
+    ],
+)
+def test_transfers_have_ports_of_their_own(tokens: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        planned("--role", "prefill", "--model-path", "examples/nano-mla", *tokens)
+
+
+@pytest.mark.parametrize("flags", [("--attn-dp-size", "3"), ("--dp", "3", "--enable-dp-attention")])
+def test_attention_groups_divide_the_ranks(flags: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"dp-size must divide --tp-size 2; got 3"):
+        planned("--role", "decode", "--model-path", "examples/nano-mla", "--tp", "2", *flags)
+
+
+def test_transfers_keep_off_the_other_servers() -> None:
+    for port in ("29997", "30001"):
+        with pytest.raises(ConfigError, match=r"(transfers|data channels) of prefill rank [01]"):
+            planned(*ALL, "--prefill.tpla-listen-port", port, "--prefill.tp-size", "2")
+    planned(*ALL, "--prefill.tpla-listen-port", "30005", "--prefill.tp-size", "2", "--tpla-advertise", "a:65532")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (["--role", "boss"], "argument --role: invalid choice: 'boss'"),
+        (["--role", "all", "--config"], "argument --config: expected one argument"),
+        (["--role", "all", "--dry-run", "now"], "unrecognized arguments: now"),
+        (["--role", "all", "--startup-timeout-s", "soon"], "argument --startup-timeout-s: invalid float value: 'soon'"),
+    ],
+)
+def test_a_mistake_is_one_line(tokens: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(tokens) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"sglang_tpla.launch: error: {message}")

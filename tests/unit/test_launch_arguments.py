@@ -44,8 +44,10 @@ def test_one_spelling(flag: str, name: str) -> None:
 
 
 def test_values_are_read_from_either_form() -> None:
-    arguments = split_tokens(["--port=1", "--flag", "--offset", "-7", "--stop", "a", "b"])
+    arguments = split_tokens(["--port=1", "--flag", "--offset", "-7", "--stop", "a", "--both", "a", "b"])
     assert [value_of(arguments, name) for name in ("port", "flag", "offset", "stop")] == ["1", None, "-7", "a"]
+    with pytest.raises(ConfigError, match="--both takes one value; got 2"):
+        value_of(arguments, "both")
     assert integer(arguments, "offset", 0) == -7
     assert integer(arguments, "absent", 3) == 3
     with pytest.raises(ConfigError, match="--stop must be a whole number; got 'a'"):

@@ -89,11 +89,12 @@ def test_attention_is_the_equation_over_rows_read_byte_by_byte(kind: GroupRows, 
             assert not out[token, :, rows.w :].any()
 
 
-def test_the_reference_models_keys_have_their_columns_where_a_cache_has_them() -> None:
+@pytest.mark.parametrize("halves", [False, True])
+def test_the_reference_models_keys_have_their_columns_where_a_cache_has_them(halves: bool) -> None:
     """The rounding of an 8-bit key depends on the column's number, so another order would give other rows."""
     key, angles = torch.randn(5, 12), torch.randn(5, 6)
-    turned = rotate(key, angles.cos(), angles.sin())
-    cached = reference.rotate_pairs(key, torch.cat([angles.cos(), angles.sin()], -1), neox=False)
+    turned = rotate(key, angles.cos(), angles.sin(), halves)
+    cached = reference.rotate_pairs(key, torch.cat([angles.cos(), angles.sin()], -1), neox=halves)
     torch.testing.assert_close(turned, cached)
 
 
