@@ -77,8 +77,9 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
         }
         if (whole) continue;
         sync_consumers();
-        if (consumer == 0)
-            hand_over(p, fixed.merge, seg.request, seg.before, first_split, splits, last_goes_on(p, seg.request, seg.before, splits));
+        if (consumer != 0) continue;
+        const bool goes_on = last_goes_on(p, seg.request, seg.before, splits);
+        hand_over(p, fixed.merge, seg.request, seg.before, first_split, splits, goes_on);
     }
     sync_consumers();                                            // now the query's memory is free and fixed.merge is written
     if (fixed.merge.request >= 0) merge(p, fixed.merge, q_buffer, consumer);

@@ -23,7 +23,9 @@ __device__ __forceinline__ void consume(const Params& p, Fixed& fixed, u32 q_sme
     Segments seg(p);                                             // before the wait: the plan is older than the predecessor
     int first_split = 0, splits = 0;
     const auto read_splits = [&]() {
-        if (seg.more()) first_split = __ldcg(p.split_start + seg.request), splits = __ldcg(p.split_start + seg.request + 1) - first_split;
+        if (!seg.more()) return;
+        const int* start = p.split_start + seg.request;
+        first_split = __ldcg(start), splits = __ldcg(start + 1) - first_split;
     };
     read_splits();
     wait_for_predecessor();

@@ -41,7 +41,8 @@ __device__ __forceinline__ void store_query_columns(u32 q_smem, float (&start)[k
         x[2 * i] = __uint_as_float(words[i] << 16) * factor, x[2 * i + 1] = __uint_as_float(words[i] & 0xFFFF0000u) * factor;
     }
     if (sketch) {
-        constexpr float kLevels[4] = {level_above<BITS, 0>(), level_above<BITS, 1>(), level_above<BITS, 2>(), level_above<BITS, 3>()};
+        constexpr float kLevels[4] = {level_above<BITS, 0>(), level_above<BITS, 1>(), level_above<BITS, 2>(),
+                                      level_above<BITS, 3>()};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             store_shared(query_piece(q_smem, row, g, i) + 4 * four, pack_half(x[i], x[i + 4]));
@@ -67,8 +68,8 @@ __device__ __forceinline__ void store_query_columns(u32 q_smem, float (&start)[k
 // keeps every value in range. Returns the inverse of the power. All threads except the producer's call this function. `parts`
 // receives the numbers that find_starts() adds up, and `largest` one number per warp. `came` is the barrier to arrive at when the
 // query is in registers, or 0.
-__device__ __forceinline__ float load_query(const Params& p, u32 q_smem, float* parts, int request, u32 (&largest)[kLoaders], u32 came,
-                                            u32 warp, u32 lane) {
+__device__ __forceinline__ float load_query(const Params& p, u32 q_smem, float* parts, int request, u32 (&largest)[kLoaders],
+                                            u32 came, u32 warp, u32 lane) {
     __builtin_assume(warp < kLoaders);
     const u32 first_row = warp % kBlocksAtOnce * 8 + lane / 4, first_group = warp / kBlocksAtOnce;
     uint4 columns[kLoads];

@@ -155,7 +155,8 @@ __device__ __forceinline__ void store(const Params& p, Fixed& fixed, const Value
             for (int b = 0; b < kBlocks; ++b) {
                 const int at = b * 64 + first_column;
                 if (at >= LATENT) continue;
-                *reinterpret_cast<u32*>(target + at) = pack(v.o[b][i / 2 * 4 + i % 2] * scale, v.o[b][i / 2 * 4 + 2 + i % 2] * scale);
+                const float* o = v.o[b] + i / 2 * 4 + i % 2;
+                *reinterpret_cast<u32*>(target + at) = pack(o[0] * scale, o[2] * scale);
             }
         };
         if (whole) store_columns(pack_bf16);
