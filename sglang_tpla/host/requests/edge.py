@@ -16,6 +16,7 @@ from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import ServerStatus
+from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
 from sglang_tpla.host import compat
 from sglang_tpla.host.disaggregation.prefill_lookup import MAX_RANKS
@@ -155,6 +156,8 @@ def check_normalized(self: Any, obj: Any, request: Any = None, *args: Any, **kwa
         check_item(item, bounds, transferred)
         check_stops(item.sampling_params)
         check_grammar(item.sampling_params, bounds.vocab)
+        if item.custom_logit_processor is not None and self.server_args.enable_custom_logit_processor:
+            check_processor(item.custom_logit_processor)
         params = self.sampling_params_class(**{**(self.preferred_sampling_params or {}), **item.sampling_params})
         # The scheduler encodes and decodes the parameters in the same way.
         msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=type(params))
@@ -163,6 +166,22 @@ def check_normalized(self: Any, obj: Any, request: Any = None, *args: Any, **kwa
         check_verified(params.min_p, bounds)
     if transferred:
         check_rooms_differ(items)
+
+
+def check_processor(text: Any) -> None:
+    """Refuse a logit processor that the scheduler could not load; the scheduler would end.
+
+    Loading it runs the client's code, which ``--enable-custom-logit-processor`` allows.
+    """
+    try:
+        loaded: Any = CustomLogitProcessor.from_str(text)
+    except Exception as error:  # whatever the client's code raises
+        loaded = f"{type(error).__name__}: {error}"
+    if not callable(loaded):
+        raise RequestRefused(
+            f"custom_logit_processor must be what CustomLogitProcessor.to_str() returns; got {text!r:.80}, which gives "
+            f"{loaded!r:.120}"
+        )
 
 
 def check_wire(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
