@@ -11,7 +11,7 @@ from sglang_tpla.transfer.decode.connections import WELCOME_DELAY_S
 from sglang_tpla.transfer.room import Limits, RoomState, TransferError
 from tests.ports import neighbouring_ports
 from tests.wire import rig
-from tests.wire.simulated_ranks import SETTINGS
+from tests.wire.simulated_ranks import LAYERS, SETTINGS
 from tests.wire.simulation import Simulation, begun
 
 
@@ -86,6 +86,35 @@ def test_a_prompt_that_prefill_does_not_take_fails_at_once_at_decode(limits: Lim
         rig.fail(1, said, decode)
         decode.agent.open_room(2, [prefill.peer], prompt_tokens=50)
         rig.wait(lambda: decode.agent.poll(2) is RoomState.WAITING, "one that fits")
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_projection_that_takes_long_to_arrive_is_waited_for(restarted: bool) -> None:
+    """On a slow link the layers of many ranks take longer than a silent rank is borne. Each layer counts as a sign."""
+    with begun(b"\x01") as simulation:  # ranks with projections
+        assert all(decode.projection is not None for decode in simulation.decodes)
+        if restarted:  # the prefill ranks, which know no projection then
+            simulation.finish(1)
+            for agent in simulation.prefills:
+                agent.workers.agent_id += " anew"
+                agent.peers._projections._table.clear()
+            simulation.cut_all()
+        else:
+            simulation._each(simulation._step, [0])
+            simulation._post()
+        simulation.deliver_all()  # Hello and Welcome
+        if restarted:
+            simulation._each(simulation._step, [0])
+        for _ in range(2 * LAYERS + 1):
+            for identity in list(simulation.network.dealers):
+                simulation._deliver(identity, upwards=True)
+            for identity in list(simulation.network.dealers):
+                simulation._deliver(identity, upwards=False)
+            simulation.clock.now += 0.45 * SETTINGS.peer_timeout_s
+            simulation._tick()
+        simulation._settle()
+        for decode in simulation.decodes:
+            assert decode.agent.poll(0) is RoomState.WAITING, decode.agent.failure(0)
 
 
 @pytest.mark.parametrize(("reason", "said"), [("it is too long", "it is too long"), ("no tool \ud800", "tool \\ud800")])

@@ -217,6 +217,7 @@ class Connections:
     def _welcomed(self, connection: Connection, message: messages.Welcome) -> None:
         if connection.agent not in ("", message.agent):
             self._receiver.lost(connection, f"the {connection.name} restarted; the request can be retried")
+            connection.broken_since = None  # what broke was the connection to another process
         # The agent knows nothing of requests from before it began. A slow Welcome makes the agent look younger than it
         # is, so a second is allowed for that.
         began = self._io.now() - message.age_ms / 1000 - WELCOME_DELAY_S
@@ -236,6 +237,7 @@ class Connections:
             for index, data in enumerate(self._projection.layer_bytes):
                 digest = messages.checksum(data)
                 self._send_now(connection, messages.ProjectionLayer(key, index, digest), data)
+                self._ping(connection)  # the prefill rank says nothing else before the last layer has come
 
     def _registered(self, connection: Connection) -> None:
         with self._lock:
@@ -290,8 +292,11 @@ class Connections:
             due = now - connection.last_ping >= self._settings.heartbeat_s
             if due and connection.link is Link.REGISTERED:
                 connection.last_ping = now
-                connection.pings += 1
-                self._send_now(connection, messages.Ping(connection.pings), None)
+                self._ping(connection)
+
+    def _ping(self, connection: Connection) -> None:
+        connection.pings += 1
+        self._send_now(connection, messages.Ping(connection.pings), None)
 
     def put(self, connection: Connection, message: messages.Message) -> None:
         """Queue a message. Any thread may call this."""
