@@ -4,6 +4,8 @@ import errno
 import os
 import subprocess
 import sys
+import threading
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -70,6 +72,25 @@ def test_a_silent_network_is_borne_as_long_as_a_silent_peer(timeout_s: float, id
         assert dealer.getsockopt(zmq.TCP_KEEPALIVE_IDLE) == dealer.getsockopt(zmq.TCP_KEEPALIVE_INTVL) == idle_s
         assert dealer.getsockopt(zmq.TCP_MAXRT) == most_ms
         assert dealer.getsockopt(zmq.HEARTBEAT_IVL) == 0
+
+
+def test_segments_are_unmapped_while_the_scheduler_connects_to_another_rank() -> None:
+    decode = rig.decode_rank()
+    connections = decode.agent.connections
+
+    class Segments(dict[str, memoryview]):
+        def values(self) -> Any:
+            thread.start()
+            thread.join(0.1)  # it may have to wait for this one
+            return super().values()
+
+    with rig.serving(decode):
+        thread = threading.Thread(target=decode.agent.connect, args=("127.0.0.1", 2))
+        decode.agent.connect("127.0.0.1", 1)
+        connections.table["127.0.0.1", 1].segments = Segments()
+        connections._forget_maps()
+        thread.join()
+        assert list(connections.table) == [("127.0.0.1", 1), ("127.0.0.1", 2)]
 
 
 @pytest.mark.parametrize(

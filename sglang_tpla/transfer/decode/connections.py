@@ -261,7 +261,8 @@ class Connections:
 
     def _forget_maps(self) -> None:
         """Unmap the segments that no connection uses any more."""
-        used = {id(view) for other in self.table.values() for view in other.segments.values()}
+        with self._lock:  # the scheduler may add a connection meanwhile
+            used = {id(view) for other in self.table.values() for view in other.segments.values()}
         self._maps = {token: view for token, view in self._maps.items() if view is not None and id(view) in used}
 
     # Time, sending (I/O thread)
