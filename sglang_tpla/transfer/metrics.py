@@ -6,6 +6,7 @@ series of all processes are merged, each under its own ``role`` and ``rank``. Ea
 took part in: sum over ``role="prefill"`` for the bytes sent, over ``role="decode"`` for the bytes that ranks received.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 
@@ -45,6 +46,8 @@ COUNTERS = {
 LATENCY = "transfer_latency_seconds"
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 LABELS = ("role", "rank")
+
+logger = logging.getLogger(__name__)
 
 
 class AgentPublisher:
@@ -101,6 +104,14 @@ class AgentPublisher:
         self._thread.join(5.0)
 
     def _run(self) -> None:
+        said = ""
         while not self._stop.wait(self._period_s):
-            self.publish()
+            wrong = ""
+            try:
+                self.publish()
+            except Exception as error:  # a new series takes a file, for which there may be no room for a while
+                wrong = f"the series sglang_tpla:* are not up to date: {error!r}"
+            if wrong and wrong != said:
+                logger.warning("%s", wrong)
+            said = wrong
         self.publish()

@@ -1,11 +1,16 @@
 """The series report what happened, also with several ranks."""
 
 import contextlib
+import errno
+import os
+import threading
 from pathlib import Path
 
+import pytest
 from prometheus_client import CollectorRegistry
 
 from sglang_tpla.transfer.metrics import COUNTERS, GAUGES, LATENCY, AgentPublisher
+from sglang_tpla.transfer.prefill.agent import PrefillAgent
 from tests.dashboard import asked_series
 from tests.wire import rig
 
@@ -43,3 +48,20 @@ def test_dashboard_asks_for_series_that_exist() -> None:
     registrations = "bootstrap_registrations_total"  # a series of the bootstrap server
     assert asked <= {*GAUGES, *(f"{name}_total" for name in COUNTERS), f"{LATENCY}_bucket", registrations}
     assert len(asked) > 15
+
+
+def test_series_go_on_after_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    """A new series takes a file; with too many open files there is none for a while."""
+    prefill, asked, served = rig.prefill_rank(), list[None](), threading.Event()
+
+    def agents() -> list[PrefillAgent]:
+        asked.append(None)
+        if len(asked) < 4:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        served.set()
+        return [prefill.agent]
+
+    with rig.serving(prefill), contextlib.closing(AgentPublisher(agents, registry := CollectorRegistry(), 0.001)):
+        assert served.wait(10)
+    assert registry.get_sample_value("sglang_tpla:threads_alive", {"role": "prefill", "rank": "0"}) is not None
+    assert caplog.text.count("Too many open files") == 1
