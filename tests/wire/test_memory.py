@@ -4,7 +4,9 @@ import contextlib
 import errno
 import os
 import resource
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 from sglang_tpla.transfer import messages
 from sglang_tpla.transfer.memory import iovec
 from sglang_tpla.transfer.memory.pool import CachePool
-from sglang_tpla.transfer.memory.shared_memory import HEADER_BYTES
+from sglang_tpla.transfer.memory.shared_memory import HEADER_BYTES, map_segment
 from sglang_tpla.transfer.prefill import agent
 from sglang_tpla.transfer.room import RoomState
 from tests.ports import neighbouring_ports
@@ -95,6 +97,19 @@ def test_shared_memory_runs_out(
         assert "no memory for more than 24576 bytes of staging: [Errno 28] No space left" in caplog.text
         monkeypatch.undo()  # there is memory again
         transfers(prefill, decodes)
+
+
+def test_a_segment_whose_process_is_another_one_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """The announced numbers lead to a named pipe to which nobody writes."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    stale = messages.Segment("gone", os.getpid(), reader, 4096, b"token 8b")
+    mapped: list[object] = []
+    thread = threading.Thread(target=lambda: mapped.append(map_segment(stale)), daemon=True)
+    thread.start()
+    thread.join(10)
+    os.close(reader)
+    assert mapped == [None]
 
 
 def test_memory_that_cuda_refuses_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:

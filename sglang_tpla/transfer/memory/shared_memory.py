@@ -66,7 +66,9 @@ class SharedSegment:
 def map_segment(segment: messages.Segment) -> np.ndarray | None:
     """Map another process's segment for reading (uint8, without its header). Return None if it cannot be mapped."""
     try:
-        file = os.open(f"/proc/{segment.pid}/fd/{segment.descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        # the process may have ended, and its numbers may be a named pipe's, which would wait for a writer
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+        file = os.open(f"/proc/{segment.pid}/fd/{segment.descriptor}", flags)
     except OSError:
         return None
     try:
