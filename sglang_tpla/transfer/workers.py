@@ -17,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from typing import Protocol, TypeVar
 
+import torch
 import zmq
 
 from sglang_tpla.config import Settings
@@ -49,11 +50,14 @@ class Workers:
     """The threads of one agent, with its lock, counters, time and log. Any thread may call any method.
 
     Args:
+        device: the pool's.
         io: the loop of the I/O thread; a simulation hands in its own.
     """
 
-    def __init__(self, role: str, settings: Settings, rank: int, device: str, io: IoLoop | None = None) -> None:
-        self.role, self.rank, self.settings = role, rank, settings.on(device)
+    def __init__(
+        self, role: str, settings: Settings, rank: int, device: torch.device, io: IoLoop | None = None
+    ) -> None:
+        self.role, self.rank, self.settings = role, rank, settings.on(device.type)
         self.log = logging.getLogger("sglang_tpla.transfer")
         self.agent_id = uuid.uuid4().hex
         self.chunk_bytes = min(self.settings.chunk_bytes, self.settings.staging_bytes // 2)
@@ -67,9 +71,10 @@ class Workers:
         self.closing = False
         self.io = io or IoLoop(f"tpla-{role}-io-{rank}")
         self.checks_aside = len(os.sched_getaffinity(0)) >= SPARE_CORES
-        self.size = WORKERS[device]  # threads that make or write chunks
+        self.size = WORKERS[device.type]  # threads that make or write chunks
+        self._device = device
         self._checks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._checkers = self._threads("check", CHECKERS[device], self._check)
+        self._checkers = self._threads("check", CHECKERS[device.type], self._check)
         self._workers = self._threads("work", self.size, self._work)
 
     def _threads(self, name: str, count: int, run: Callable[[], None]) -> list[threading.Thread]:
@@ -118,6 +123,7 @@ class Workers:
         """
         self.next_work = next_work
         self._say_goodbye, self._fail_all = say_goodbye, fail_all
+        self.io.post(self._use_device)
         self.io.start(min(self.settings.heartbeat_s / 2, 0.25), tick, self.handler_failed, self.died)
         for thread in (*self._workers, *self._checkers):
             thread.start()
@@ -149,8 +155,16 @@ class Workers:
     def alive(self) -> int:
         return sum(thread.is_alive() for thread in (self.io.thread, *self._workers, *self._checkers))
 
+    def _use_device(self) -> None:
+        """Make the pool's GPU this thread's. A thread begins with GPU 0, to which torch goes back after each use of a
+        stream of another GPU: each rank would then take the memory of a CUDA context there, some 0.5 GB.
+        """
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
     def _run(self, run: Callable[[], None]) -> None:
         try:
+            self._use_device()
             run()
         except BaseException as error:
             self.died(error)

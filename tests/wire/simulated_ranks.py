@@ -32,7 +32,7 @@ class IdleWorkers(Workers):
     """The threads of an agent that works only when it is told to."""
 
     def __init__(self, role: str, settings: Settings, rank: int, loop: Loop, shared_memory: bool) -> None:
-        super().__init__(role, settings, rank, "cpu", cast(IoLoop, loop))
+        super().__init__(role, settings, rank, torch.device("cpu"), cast(IoLoop, loop))
         self.log, self._shared_memory = mock.Mock(), shared_memory
 
     def start(

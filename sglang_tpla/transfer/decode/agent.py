@@ -76,7 +76,7 @@ class DecodeAgent:
         _check_projection(pool, projection)
         pool.write_constants()
         self._pool, self._metadata = pool, metadata
-        workers = workers or Workers(self.role, settings, rank, pool.device.type)
+        workers = workers or Workers(self.role, settings, rank, pool.device)
         self.workers = workers
         self.segment = workers.make_segment()
         slots = None

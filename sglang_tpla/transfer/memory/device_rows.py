@@ -161,6 +161,5 @@ class DeviceWriter:
         """Return pinned memory, which is valid until this thread's next payload."""
         pinned: torch.Tensor | None = getattr(self._own, "pinned", None)
         if pinned is None or pinned.numel() < size_bytes:
-            with torch.cuda.device(self.pool.device):  # a thread starts on GPU 0, and pinning would wake that GPU
-                pinned = self._own.pinned = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+            pinned = self._own.pinned = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
         return pinned[:size_bytes]

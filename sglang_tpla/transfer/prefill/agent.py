@@ -69,7 +69,7 @@ class PrefillAgent:
     ) -> None:
         security = Security.from_environment(self.role)
         security.check(bind_host, "listening on")
-        workers = workers or Workers(self.role, settings, rank, pool.device.type)
+        workers = workers or Workers(self.role, settings, rank, pool.device)
         self.workers, self.rank, self.durations = workers, rank, workers.durations
         _check_pool(pool, workers.chunk_bytes)
         self._pool, self._metadata = pool, metadata
