@@ -22,6 +22,7 @@ import zmq
 
 from sglang_tpla.config import Settings
 from sglang_tpla.transfer import messages
+from sglang_tpla.transfer.memory import native
 from sglang_tpla.transfer.memory.shared_memory import SharedSegment, host_identity
 from sglang_tpla.transfer.network.event_loop import IoLoop
 from sglang_tpla.transfer.room import RoomState, TransferError, TransferMetric
@@ -121,6 +122,7 @@ class Workers:
             say_goodbye: tells the peers that the agent closes, on the I/O thread.
             fail_all: fails every room that has not ended, with a reason.
         """
+        native.library()  # compiled now, because the first chunk would hold up the I/O thread and its heartbeats
         self.next_work = next_work
         self._say_goodbye, self._fail_all = say_goodbye, fail_all
         self.io.post(self._use_device)

@@ -1,4 +1,4 @@
-"""The threads of an agent: the device that each works on."""
+"""The threads of an agent: the device that each works on, and the work that is done before they begin."""
 
 import contextlib
 import threading
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sglang_tpla.config import Settings
+from sglang_tpla.transfer.memory import native
 from sglang_tpla.transfer.workers import Workers
 from tests.wire import rig
 
@@ -22,3 +23,16 @@ def test_every_thread_works_on_the_gpu_of_the_pool(monkeypatch: pytest.MonkeyPat
         workers.start(lambda: None, lambda: None, lambda: None, lambda reason: None)
         rig.wait(lambda: len(chosen) == workers.alive == 5, "all threads to choose their device")
     assert set(chosen.values()) == {device}
+
+
+def test_the_library_is_there_before_the_first_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To compile it takes seconds, in which an agent's I/O thread would answer nobody."""
+    asked, compiled = list[str](), native.compiled
+    monkeypatch.setattr(
+        native, "compiled", lambda compiler: asked.append(threading.current_thread().name) or compiled(compiler)
+    )
+    native.library.cache_clear()
+    prefill, decode = rig.prefill_rank(), rig.decode_rank(host="far")
+    with rig.serving(prefill, decode):
+        rig.transfer(prefill, decode)
+    assert asked == [threading.current_thread().name]
