@@ -75,6 +75,7 @@ class Workers:
         self.size = WORKERS[device.type]  # threads that make or write chunks
         self._device = device
         self._checks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._preparations: deque[Callable[[], None]] = deque()  # the first one is under way
         self._checkers = self._threads("check", CHECKERS[device.type], self._check)
         self._workers = self._threads("work", self.size, self._work)
 
@@ -192,6 +193,24 @@ class Workers:
             self._checks.put(check)
         else:
             check()
+
+    def prepare(self, preparation: Callable[[], None]) -> None:
+        """Let a checker run ``preparation``, which may take long, after those before it.
+
+        Only one checker does so at a time, because the chunks of other rooms wait for the others.
+        """
+        with self.lock:
+            self._preparations.append(preparation)
+            if len(self._preparations) == 1:
+                self.aside(self._prepare)
+
+    def _prepare(self) -> None:
+        more = True
+        while more:
+            self._preparations[0]()
+            with self.lock:
+                self._preparations.popleft()
+                more = bool(self._preparations) and not self.closing
 
     def died(self, error: BaseException) -> None:
         """Fail every room and every later call, because a thread has ended."""

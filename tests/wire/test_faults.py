@@ -258,3 +258,17 @@ def test_an_error_while_checking_fails_the_room_alone(monkeypatch: pytest.Monkey
         rig.wait(lambda: prefill.agent.stats().staging_used_bytes == 0, "staging to be free")
         assert prefill.agent.stats().threads_alive == decode.agent.stats().threads_alive == 3
         transfer(prefill, decode, 3)
+
+
+def test_kernels_that_are_compiled_hold_no_room_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One checker at a time compiles kernels of ranks that register; the other one goes on checking chunks."""
+    compiled, prepared = threading.Event(), list[object]()
+    monkeypatch.setitem(workers.CHECKERS, "cpu", 2)
+    monkeypatch.setattr(rows.RowReader, "prepare", lambda *rank: prepared.append(compiled.wait(60)))
+    prefill, decodes = rig.prefill_rank(), [rig.decode_rank(), rig.decode_rank(), rig.decode_rank()]
+    with rig.serving(prefill, *decodes):
+        for room, decode in enumerate(decodes):
+            transfer(prefill, decode, room)
+        assert not prepared
+        compiled.set()
+        rig.wait(lambda: prepared == [True] * len(decodes), "all kernels")

@@ -28,7 +28,7 @@ class Sender:
 
     def prepare(self, peer: Peer) -> None:
         """Let a checker prepare a rank's kernels, for which its first chunk would wait. The projection has come."""
-        self._workers.aside(partial(self._prepare, peer))
+        self._workers.prepare(partial(self._prepare, peer))
 
     def _prepare(self, peer: Peer) -> None:
         try:
