@@ -139,22 +139,27 @@ class DeviceWriter:
         if not host.is_pinned():
             host = self._pinned(data.size)
             digest = copy_pieces(one_piece(data), one_piece(host.numpy()))
-        with torch.cuda.stream(self._stream()):
-            payload = host.to(self.pool.device, non_blocking=True).view(self.pool.dtype)
-            index = _on_device(slots, self.pool.device)
-            if after is not None:
-                self._stream().wait_event(after)
-            start = 0
-            for rows, run in groupby(layers, self.pool.row_format.layers.__getitem__):
-                alike = list(run)
-                size = len(alike) * slots.size * rows.part_items(part)
-                if size and (fields := rows.fields(part)):
-                    values = payload[start : start + size].view(len(alike), slots.size, -1)
-                    row_kernels.scatter(self._table, range(alike[0], alike[-1] + 1), index, fields, values)
-                start += size
-            done = torch.cuda.Event(blocking=True)
-            done.record(self._stream())
-        done.synchronize()  # the check must follow the read, because another process may overwrite shared memory
+        stream = self._stream()
+        with torch.cuda.stream(stream):
+            try:
+                payload = host.to(self.pool.device, non_blocking=True).view(self.pool.dtype)
+                index = _on_device(slots, self.pool.device)
+                if after is not None:
+                    stream.wait_event(after)
+                start = 0
+                for rows, run in groupby(layers, self.pool.row_format.layers.__getitem__):
+                    alike = list(run)
+                    size = len(alike) * slots.size * rows.part_items(part)
+                    if size and (fields := rows.fields(part)):
+                        values = payload[start : start + size].view(len(alike), slots.size, -1)
+                        row_kernels.scatter(self._table, range(alike[0], alike[-1] + 1), index, fields, values)
+                    start += size
+            finally:
+                # The caller's check must follow the read, because another process may overwrite shared memory. After
+                # an error too nothing may be queued that writes here: the pages are another request's soon.
+                done = torch.cuda.Event(blocking=True)
+                done.record(stream)
+                done.synchronize()
         return digest
 
     def _pinned(self, size_bytes: int) -> torch.Tensor:
