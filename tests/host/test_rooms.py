@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -43,6 +44,35 @@ def test_a_room_that_has_ended_is_its_requests_until_it_is_cleared() -> None:
         assert third._state() == KVPoll.Bootstrapping
         third._end("cleared")
         assert agent.stats().rooms == 0 and not manager.rooms_taken
+
+
+@pytest.mark.usefixtures("engine")
+def test_a_clock_that_is_set_fails_no_request_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's own limit on the wait for a decode server compares times of day."""
+    from sglang.srt.disaggregation.base.conn import KVPoll
+    from sglang.srt.disaggregation.common.conn import CommonKVSender
+
+    from sglang_tpla.host.disaggregation.kv_sender_receiver import TplaKVSender
+
+    def make(self: Any, manager: Any, bootstrap_addr: str, room: int) -> None:
+        self.kv_mgr, self.bootstrap_room, self.conclude_state = manager, room, None
+
+    monkeypatch.setattr(CommonKVSender, "__init__", make)
+    with contextlib.closing(rig.prefill_rank().agent) as agent:
+        manager = MagicMock(
+            agent=agent, rooms_taken=set(), request_status={}, attn_tp_rank=0, bootstrap_timeout=300,
+            defer_decode_allocation=False,
+        )  # fmt: skip
+        manager.noted_prompt.return_value = 0
+        manager.update_status.side_effect = manager.request_status.__setitem__
+        sender: Any = TplaKVSender(manager, "server", 1)
+        now = time.time
+        monkeypatch.setattr(time, "time", lambda: now() + 3600)
+        assert sender.poll() == KVPoll.Bootstrapping
+        sender._made -= 301
+        sender.poll()
+        assert sender.poll() == KVPoll.Failed
+        sender._end("over")
 
 
 @pytest.mark.usefixtures("imported")

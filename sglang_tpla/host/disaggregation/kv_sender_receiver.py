@@ -148,7 +148,7 @@ class TplaKVSender(_Request, CommonKVSender):
 
     def __init__(self, mgr: TplaKVManager, bootstrap_addr: str, bootstrap_room: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(mgr, bootstrap_addr, bootstrap_room, *args, **kwargs)
-        self.init_time = time.time()
+        self._made = time.monotonic()
         self._open(mgr.noted_prompt(bootstrap_room))
 
     def pop_decode_prefix_len(self) -> int:
@@ -176,6 +176,8 @@ class TplaKVSender(_Request, CommonKVSender):
     def poll(self) -> Any:
         state = self._state()
         if state == KVPoll.Bootstrapping:
+            # SGLang compares with the time of day, which may be set meanwhile
+            self.init_time = time.time() - (time.monotonic() - self._made)
             return self._check_bootstrap_timeout() or state
         return state
 
