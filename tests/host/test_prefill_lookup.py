@@ -213,6 +213,7 @@ def test_a_request_hears_of_the_last_try_alone(imported: None, monkeypatch: pyte
     monkeypatch.setattr(kv_manager, "rank_addresses", lambda address, info: info)
     manager = kv_manager.TplaKVManager.__new__(kv_manager.TplaKVManager)
     manager.unanswered, manager.rank_addresses, manager.prefill_info_table = Unanswered(lambda: 0.0), {}, {}
+    manager.connection_lock = threading.Lock()
     nobody = "no answer from the bootstrap server at prefill:1: nobody listens there"
     assert not look_up(None) and manager.unanswered.reason("prefill:1") == nobody
     assert look_up({"a": "rank"}) and manager.unanswered.reason("prefill:1") == ""
@@ -243,3 +244,31 @@ def test_a_lost_rank_is_looked_up_anew_whatever_its_servers_name(imported: None,
     manager.forget_lost_peers()
     assert list(manager.connection_pool) == [f"{other}_0_0_0"]
     assert list(manager.prefill_info_table) == list(manager.rank_addresses) == [other]
+
+
+def test_ranks_are_forgotten_while_another_server_is_found(imported: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look-up's thread adds a server while the scheduler goes through those that it knows."""
+    from sglang_tpla.host.disaggregation import kv_manager
+
+    class Ranks(dict[Any, Any]):
+        def values(self) -> Any:
+            finding.start()
+            finding.join(0.1)  # it may have to wait for this thread
+            return super().values()
+
+    def ask(aside: Any, address: str) -> bool:
+        aside.prefill_info_table[address] = "layout"
+        return True
+
+    monkeypatch.setattr(kv_manager.CommonKVManager, "try_ensure_parallel_info", ask)
+    monkeypatch.setattr(kv_manager, "require_resolvable", lambda address: None)
+    monkeypatch.setattr(kv_manager, "rank_addresses", lambda address, info: {(0, 0, 0, 0): {}})
+    manager = kv_manager.TplaKVManager.__new__(kv_manager.TplaKVManager)
+    manager.connection_lock, manager.connection_pool, manager.unanswered = threading.Lock(), {}, Unanswered()
+    finding = threading.Thread(target=manager._look_up, args=("found:1",))
+    lost = {(0, 0, 0, 0): {"rank_ip": "10.0.0.5", "rank_port": 4000}}
+    manager.rank_addresses, manager.prefill_info_table = {"lost:1": Ranks(lost)}, {"lost:1": "layout"}
+    manager._lost_peers = deque([("10.0.0.5", 4000)])
+    manager.forget_lost_peers()
+    finding.join()
+    assert list(manager.rank_addresses) == list(manager.prefill_info_table) == ["found:1"]

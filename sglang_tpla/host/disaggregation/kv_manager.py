@@ -265,7 +265,8 @@ class TplaKVManager(CommonKVManager):
         if not found:
             return "it does not say where its ranks are"
         # The layout comes second, because SGLang opens a request with any layout that it finds.
-        self.rank_addresses[bootstrap_addr], self.prefill_info_table[bootstrap_addr] = found, info
+        with self.connection_lock:  # the scheduler may be forgetting ranks meanwhile, of this server too
+            self.rank_addresses[bootstrap_addr], self.prefill_info_table[bootstrap_addr] = found, info
         return ""
 
 
