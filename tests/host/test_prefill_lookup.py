@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 from urllib.parse import parse_qs, urlparse
 
 import pytest
@@ -94,6 +95,15 @@ def test_an_answer_that_nobody_waited_for_is_not_the_next_requests() -> None:
     lookups._wait_s = 10
     assert lookups.known("here")
     assert not lookups.under_way("here")
+
+
+def test_a_server_is_asked_again_after_there_was_no_thread_to_ask_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    lookups = Lookups(lambda address: True, wait_s=10)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            lookups.known("here")
+    assert lookups.known("here")
 
 
 def test_answers_that_nobody_waits_for_do_not_pile_up() -> None:

@@ -64,9 +64,11 @@ class Lookups:
         question, wait_s = self._asked.get(address), 0.0
         if question is None:
             wait_s = self._wait_s  # once a question, so that many silent addresses do not hold up every step
-            question = self._asked[address] = Question(concurrent.futures.Future(), now)
+            question = Question(concurrent.futures.Future(), now)
             asked = address, question.answer
+            # raises where there are too many threads; the question then counts as not asked
             threading.Thread(target=self._run, args=asked, name="tpla-prefill-lookup", daemon=True).start()
+            self._asked[address] = question
         question.wanted_at_s = now
         if not concurrent.futures.wait([question.answer], wait_s).done:
             return False
