@@ -1,6 +1,7 @@
 """A bootstrap server that does not answer delays nobody, because the scheduler does not wait for the answer."""
 
 import concurrent.futures
+import socket
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -122,12 +123,13 @@ def test_answers_that_nobody_waits_for_do_not_pile_up() -> None:
 
 @pytest.fixture
 def address() -> Iterator[str]:
-    """A bootstrap server with a right address for tensor-parallel rank 0, none for 1, and nonsense for 2 and 3."""
+    """A bootstrap server with a right address for tensor-parallel rank 0, none for 1, a name for 4, else nonsense."""
 
     def route(path: str, body: bytes) -> tuple[int, bytes]:
         place = {name: int(value[0]) for name, value in parse_qs(urlparse(path).query).items()}
         port = 100 + place["prefill_dp_rank"]
-        said = [b'{"rank_ip": "127.0.0.1", "rank_port": "%d"}' % port, b"", b'{"rank_port": 7}', b"[]"]
+        named = b'{"rank_ip": "prefill-host", "rank_port": 7}'
+        said = [b'{"rank_ip": "127.0.0.1", "rank_port": "%d"}' % port, b"", b'{"rank_port": 7}', b"[]", named, b"[]"]
         answer = said[place["target_tp_rank"]]
         return 200 if answer else 404, answer
 
@@ -146,6 +148,32 @@ def test_every_rank_that_may_be_needed_is_looked_up(address: str) -> None:
     assert {place: entry["rank_port"] for place, entry in found.items()} == {
         (0, 0, 0, 0): 100, (1, 0, 0, 0): 101,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("addresses", "chosen"),
+    [(["::1"], "::1"), (["::1", "10.0.0.5"], "10.0.0.5"), ([], None)],
+    ids=["6", "both", "none"],
+)
+def test_a_rank_is_reached_by_its_address(
+    address: str, addresses: list[str], chosen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ZMQ would look a name up on the thread that serves all connections, and would not find an IPv6 address."""
+    look_up = socket.getaddrinfo
+
+    def known(host: str, *rest: Any, **options: Any) -> list[Any]:
+        if host != "prefill-host":
+            return look_up(host, *rest, **options)
+        if not addresses:
+            raise socket.gaierror(socket.EAI_NONAME, "unknown")
+        return [(socket.AF_INET6 if ":" in found else socket.AF_INET, 1, 6, "", (found, 0)) for found in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", known)
+    if chosen is None:
+        with pytest.raises(TransferError, match="names a prefill rank whose name cannot be resolved: 'prefill-host'"):
+            rank_addresses(address, info(4))
+        return
+    assert [entry["rank_ip"] for entry in rank_addresses(address, info(4)).values()] == [chosen]
 
 
 def test_a_rank_that_has_not_registered_is_asked_for_later(address: str) -> None:

@@ -186,9 +186,25 @@ def _checked(address: str, said: Any) -> dict[str, Any]:
     try:
         host, port = said["rank_ip"], int(said["rank_port"])
         if isinstance(host, str) and host and 0 < port < 65536:
-            return {**said, "rank_port": port}
+            return {**said, "rank_ip": _numeric(host), "rank_port": port}
     except (KeyError, TypeError, ValueError):
         pass
+    except OSError as error:
+        raise TransferError(
+            f"the bootstrap server at {address} names a prefill rank whose name cannot be resolved: {host!r}: {error}"
+        ) from error
     raise TransferError(
         f"the bootstrap server at {address} must name rank_ip and rank_port (1 to 65535); got {str(said)[:200]}"
     )
+
+
+def _numeric(host: str) -> str:
+    """Return the address of a host, IPv4 if it has one.
+
+    ZMQ would look for an IPv4 address alone, on the thread that serves all of an agent's connections.
+
+    Raises:
+        OSError: there is none.
+    """
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return str(min(found, key=lambda entry: entry[0] is not socket.AF_INET)[4][0])
