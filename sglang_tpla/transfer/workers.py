@@ -35,6 +35,7 @@ WORKERS = {"cpu": 1, "cuda": 2}
 CHECKERS = {"cpu": 0, "cuda": 2}
 SPARE_CORES = 4  # with so many cores, workers check chunks in a CPU pool, so that the I/O thread only moves them
 MAX_DURATIONS = 16384  # durations kept until they are published
+LINES, LINES_S = 100, 60.0  # the log lines about one kind of dropped messages within that time
 
 
 class AnyRoom(Protocol):
@@ -65,6 +66,7 @@ class Workers:
         self.lock = threading.RLock()
         self.work = threading.Condition(self.lock)  # notified when there is work
         self.counts: Counter[str] = Counter()
+        self._lines: dict[str, deque[float]] = {}  # by counter: when the last lines were logged
         self.transfer_seconds = 0.0
         # seconds of each room that succeeded, until they are published
         self.durations: deque[float] = deque(maxlen=MAX_DURATIONS)
@@ -262,10 +264,17 @@ class Workers:
             )
 
     def drop(self, counter: str, why: str) -> None:
-        """Count and log a message that is dropped."""
+        """Count and log a message or connection that is dropped. Strangers cannot fill the log: see `LINES`."""
+        now = self.io.now()
         with self.lock:
             self.counts[counter] += 1
-        self.log.warning("transfer dropped on %s rank %d: %s", self.role, self.rank, why)
+            lines = self._lines.setdefault(counter, deque(maxlen=LINES))
+            if len(lines) == LINES and now - lines[0] < LINES_S:
+                return
+            lines.append(now)
+            last = len(lines) == LINES and now - lines[0] < LINES_S
+        more = "; more like this are counted, and not logged for a while" if last else ""
+        self.log.warning("transfer dropped on %s rank %d: %s%s", self.role, self.rank, why, more)
 
     def parse(
         self, parts: list[zmq.Frame], sender: str, on_other_version: Callable[[str], None]

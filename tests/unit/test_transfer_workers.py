@@ -36,3 +36,19 @@ def test_the_library_is_there_before_the_first_chunk(monkeypatch: pytest.MonkeyP
     with rig.serving(prefill, decode):
         rig.transfer(prefill, decode)
     assert asked == [threading.current_thread().name]
+
+
+def test_strangers_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """Anybody can connect to a prefill rank's ports; each connection is counted."""
+    workers, now = Workers("prefill", Settings("prefill"), 0, torch.device("cpu")), 0.0
+    workers.io.now = lambda: now
+    for _ in range(10_000):
+        workers.drop("refused", "a connection without a key")
+    workers.drop("malformed_dropped", "a frame of another kind")
+    assert workers.counts["refused"] == 10_000
+    assert caplog.text.count("without a key") == 100 and caplog.text.count("not logged for a while") == 1
+    assert "a frame of another kind" in caplog.text
+    now = 61.0
+    workers.drop("refused", "a connection a minute later")
+    assert "a connection a minute later" in caplog.text
+    workers.io.free()
