@@ -36,8 +36,6 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -48,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import v3_shaped
 from alone import alone
 from headline_rank import child, sketched_rows
+from machine import header
 
 from sglang_tpla.config import Settings
 
@@ -299,10 +298,7 @@ def main() -> None:
     memory_bytes = torch.cuda.get_device_properties(0).total_memory if GPU else 0.0
     began = time.monotonic()
     report: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(0) if GPU else "a CPU: to try this file",
-        "sglang": version("sglang"),
-        "torch": torch.__version__,
+        **header(torch.cuda.get_device_name(0) if GPU else "a CPU: to try this file"),
         "ranks": args.ranks,
         "alone": args.alone,
         "intermediate": args.intermediate,

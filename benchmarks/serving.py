@@ -25,8 +25,6 @@ import statistics
 import sys
 import time
 import traceback
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,11 +32,13 @@ from typing import Any
 import torch
 from alone import alone
 from engine_gpu import measure
+from machine import header
 from serving_client import Client
 from v3_shaped import SMALL, VOCABULARY, Shape, write_artifact, write_checkpoint, write_sketched_artifact
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.e2e.servers import Pair, Server, transfer_lines
+from tests.e2e.servers import Server, transfer_lines
+from tests.e2e.traffic import Pair
 from tests.gpu.engine import DEVICE, Engines
 
 GPU = DEVICE == "cuda"
@@ -147,10 +147,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if GPU else "a CPU: to try this file",
-        "sglang": version("sglang"),
-        "torch": torch.__version__,
+        **header(torch.cuda.get_device_name() if GPU else "a CPU: to try this file"),
         **{name: getattr(args, name) for name in ("layers", "heads", "input", "output", "prompts", "seconds")},
         "rows": [],
         "first_step": [],

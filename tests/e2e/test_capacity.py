@@ -9,8 +9,7 @@ from safetensors.torch import save_file
 
 from sglang_tpla.artifact.artifact import Artifact, ArtifactMeta, build
 from sglang_tpla.artifact.model_identity import config_hash, weights_hash
-from tests.e2e.servers import COMMON, Server, running
-from tests.ports import free_ports
+from tests.e2e.servers import COMMON, launcher, running
 
 LAYERS, HIDDEN, HEADS, D, ROPE, NOPE, V = 2, 128, 4, 512, 64, 32, 32
 
@@ -65,23 +64,21 @@ def wide_artifact(wide_model: Path) -> Path:
     return wide_model / "identity-g2.safetensors"
 
 
-def capacity(name: str, model: Path, log: Path, *args: str) -> tuple[int, int]:
+def capacity(model: Path, log: Path, *args: str) -> tuple[int, int]:
     """Return the number of tokens that a decode server reports to hold, and its cache bytes a token on one rank."""
-    port = free_ports(1)[0]
     common = [arg for arg in COMMON if arg not in ("--max-total-tokens", "20000")]
-    command = ("-m", "sglang_tpla.launch", "--role", "decode", "--model-path", str(model), *common, "--tp", "2",
-               "--port", str(port), "--mem-fraction-static", "0.8", "--context-length", "4096", *args)  # fmt: skip
-    server = Server(name, command, port, log, {"SGLANG_TPLA_CPU_MEMORY_BYTES": str(4 << 30)})
+    size = ("--tp", "2", "--mem-fraction-static", "0.8", "--context-length", "4096")
+    server = launcher("decode", model, log, *size, *args, common=common)
+    server.env["SGLANG_TPLA_CPU_MEMORY_BYTES"] = str(4 << 30)
     with running(server):
         info = server.get("/server_info")
         return info["max_total_num_tokens"], info["tpla"]["cache_bytes_per_token_and_rank"]
 
 
 def test_tokens_for_the_same_memory(wide_model: Path, wide_artifact: Path, logs: Path) -> None:
-    whole, whole_bytes = capacity("g1", wide_model, logs / "wide-g1.log", "--tpla-groups", "1")
-    half, half_bytes = capacity(
-        "g2", wide_model, logs / "wide-g2.log", "--tpla-groups", "2", "--tpla-artifact", str(wide_artifact)
-    )
+    whole, whole_bytes = capacity(wide_model, logs / "wide-g1.log", "--tpla-groups", "1")
+    two = ("--tpla-groups", "2", "--tpla-artifact", str(wide_artifact))
+    half, half_bytes = capacity(wide_model, logs / "wide-g2.log", *two)
     assert whole_bytes / half_bytes == pytest.approx(1.8)
     # A rank has 4 GiB for everything; the memory of the process itself varies a little from start to start.
     assert half / whole == pytest.approx(1.8, rel=0.03)

@@ -16,8 +16,8 @@ from sglang_tpla.measure.decode_error import model_maps
 from sglang_tpla.reference_model.forward import PlainModel
 from tests.e2e.model_answers import said_and_due
 from tests.e2e.prompts import short_prompts
-from tests.e2e.servers import Pair, launcher, running
-from tests.ports import free_ports
+from tests.e2e.servers import launcher, running
+from tests.e2e.traffic import Pair
 
 TOKENS = 32
 
@@ -73,12 +73,11 @@ def test_layers_of_different_width_head_shards_and_summed_heads(
     """The groups' head outputs are summed before ``o_proj``; the shared servers hold ``o_proj`` g times instead."""
     path = mixed_widths(nano_artifact, tmp_path)
     decode = launcher(
-        "decode", nano_mla, free_ports(1)[0], logs / "decode-mixed.log", "--tp", str(ranks),
+        "decode", nano_mla, logs / "decode-mixed.log", "--tp", str(ranks),
         "--tpla-groups", str(groups), "--tpla-artifact", str(path), "--tpla-o-proj", "scatter",
     )  # fmt: skip
     with running(decode):
         tpla = decode.get("/server_info")["tpla"]
         assert (tpla["head_shards"], tpla["widths"]) == (ranks // groups, [112, 96, 119, 128])
         assert tpla["cache_bytes_per_token_and_rank"] == 4 * sum(w + 32 for w in tpla["widths"])
-        pair = Pair(trio.prefill, trio.bootstrap, decode, next_room=70_000)
-        assert_answers_follow_the_formula(pair, Artifact.load(path), nano_mla)
+        assert_answers_follow_the_formula(Pair(trio.prefill, decode), Artifact.load(path), nano_mla)

@@ -286,14 +286,8 @@ def assert_usual(errors: torch.Tensor, usual: torch.Tensor) -> None:
 def test_many_at_once_answer_as_one_at_a_time(bench: Bench, layout: str) -> None:
     """Concurrent requests share batches, graphs and the transfer agents, and each still follows the reference."""
     pair = bench.engines.pair(layout)
-    rooms = [
-        type(pair)(pair.prefill, pair.bootstrap, pair.decode, next_room=pair.next_room + 1 + number)
-        for number in range(len(bench.prompts))
-    ]
-    with concurrent.futures.ThreadPoolExecutor(len(rooms)) as pool:
-        together = list(
-            pool.map(lambda room, prompt: room.generate(prompt, TOKENS, **LOGPROBS)[1], rooms, bench.prompts)
-        )
+    with concurrent.futures.ThreadPoolExecutor(len(bench.prompts)) as pool:
+        together = list(pool.map(lambda prompt: pair.generate(prompt, TOKENS, **LOGPROBS)[1], bench.prompts))
     assert_good(bench, layout, together)
 
 

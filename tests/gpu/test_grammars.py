@@ -5,7 +5,6 @@ the likeliest of the tokens that the grammar allows.
 """
 
 import concurrent.futures
-import itertools
 import json
 import os
 import re
@@ -20,7 +19,8 @@ import torch
 
 from sglang_tpla.reference_model.forward import PlainModel
 from tests.e2e.prompts import short_prompts
-from tests.e2e.servers import Pair, request_body
+from tests.e2e.servers import request_body
+from tests.e2e.traffic import Pair
 from tests.gpu.engine import ANY_WIDTH, DEVICE, Engines
 
 pytestmark = pytest.mark.gpu
@@ -46,7 +46,6 @@ GRAMMARS: dict[str, dict[str, str]] = {
     "none": {},
 }
 BROKEN = ({"regex": "[0-9"}, {"ebnf": "root ::="}, {"json_schema": "{"}, {"ebnf": "root ::= root"})
-rooms = itertools.count(50_000)
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,7 @@ class Served:
 
     def ask(self, path: str, body: dict[str, Any]) -> list[httpx.Response]:
         """Return both servers' answers to a body, in a new room."""
-        body = body | {
-            "bootstrap_host": "127.0.0.1", "bootstrap_port": self.pair.bootstrap, "bootstrap_room": next(rooms)
-        }  # fmt: skip
+        body = body | self.pair.place()
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             servers = (self.pair.prefill, self.pair.decode)
             return list(pool.map(lambda server: server.post(path, body, DEADLINE_S), servers))
