@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -71,8 +72,9 @@ def test_a_prompt_above_the_context_of_prefill(pair: Pair) -> None:
     assert seconds < SOON_S
 
 
-# A field that only decode's flags allow.
-PROCESSOR = {"custom_logit_processor": '{"callable": "80"}'}
+# A field that only decode's flags allow: a class of SGLang's own, as a pickle that names it.
+NAMED = b"csglang.srt.sampling.custom_logit_processor\nDisallowedTokensLogitsProcessor\n."
+PROCESSOR = {"custom_logit_processor": json.dumps({"callable": NAMED.hex()})}
 WHY = "not configured to enable custom logit processor"
 
 
