@@ -98,7 +98,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--groups", type=int, default=1)
     parser.add_argument("--chunk", type=int, default=8192, help="tokens that prefill computes at a time")
-    parser.add_argument("--first-gpu", type=int, default=0)
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -119,7 +118,7 @@ def main() -> None:
         if args.groups > 1:
             write_artifact(artifact, model, args.groups)
             flags += ("--tpla-artifact", str(artifact))
-        engines = Engines(str(model), args.out.parent, first_gpu=args.first_gpu)
+        engines = Engines(str(model), args.out.parent)
         try:
             engines.start_prefill("--chunked-prefill-size", str(args.chunk))
             engines.decode("decode", args.groups, *flags, *OUR_KERNEL)

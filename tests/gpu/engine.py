@@ -85,12 +85,11 @@ class Engines:
     """A model's servers, by name.
 
     Args:
-        model: checkpoint folder. log: folder of the logs. first_gpu: earlier GPUs are not used.
+        model: checkpoint folder. log: folder of the logs.
     """
 
     model: str
     log: Path
-    first_gpu: int = 0
     stock: Server | None = None
     prefill: Server | None = None
     decodes: dict[str, Decode] = field(default_factory=dict)
@@ -112,7 +111,7 @@ class Engines:
 
     def decode(self, name: str, ranks: int, *args: str) -> None:
         """Start a decode server of ``ranks`` ranks."""
-        if DEVICE == "cuda" and ranks > max(1, GPUS - self.first_gpu):
+        if DEVICE == "cuda" and ranks > GPUS:
             self._decode_on_one_gpu(name, ranks, *args)
             return
         flags = (*self._place(ranks), "--tp", str(ranks), *args)
@@ -138,7 +137,7 @@ class Engines:
         """Return the flags for a server's GPUs: several ranks start at the first GPU, a single rank has the last."""
         if DEVICE == "cpu":
             return ()
-        return ("--base-gpu-id", str(self.first_gpu if ranks > 1 else max(self.first_gpu, GPUS - 1)))
+        return ("--base-gpu-id", str(0 if ranks > 1 else GPUS - 1))
 
     def start_router(self, name: str) -> Server:
         """Start a router in front of the running prefill server and a running decode server."""
