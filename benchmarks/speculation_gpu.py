@@ -35,11 +35,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.machine import header
 from benchmarks.speculation_requests import Draws, chances, compare_draws, draw, every_kind
+from tests.e2e.prompts import encoded
 from tests.e2e.servers import Server
 from tests.gpu.engine import DEVICE, EAGER, ENV, GPUS, SHARED_FLAGS, Engines
 from tests.ports import free_ports
@@ -63,15 +63,12 @@ LOGPROBS = {"return_logprob": True, "top_logprobs_num": 4}
 PENALTIES = ({"frequency_penalty": 1.5}, {"presence_penalty": 1.2}, {"repetition_penalty": 1.6})
 
 
-def prompts(tokenizer: Tokenizer, count: int, longest: int) -> list[list[int]]:
+def prompts(model: Path, count: int, longest: int) -> list[list[int]]:
     """Return ``count`` prompts of 10 to ``longest`` tokens, of this repository's code, which nobody trained on."""
     sources = sorted((ROOT / "sglang_tpla").rglob("*.py"), key=lambda path: path.stat().st_size, reverse=True)
-    found = []
-    for index in range(count):
-        ids = tokenizer.encode(sources[index % len(sources)].read_text()).ids
-        wanted = int(10 * (longest / 10) ** (index / max(count - 1, 1)))
-        found.append(ids[:wanted])
-    return found
+    lengths = [int(10 * (longest / 10) ** (index / max(count - 1, 1))) for index in range(count)]
+    texts = [sources[index % len(sources)].read_text() for index in range(count)]
+    return [ids[:length] for ids, length in zip(encoded(model, texts), lengths, strict=True)]
 
 
 class Decoder:
@@ -262,8 +259,7 @@ class Run:
             "guesses": args.guesses,
             "parts": self.parts,
         }
-        tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
-        self.prompts = prompts(tokenizer, args.prompts, args.longest)
+        self.prompts = prompts(args.model, args.prompts, args.longest)
         self.engines: dict[str, Engines] = {}
         self.stocks: dict[str, Engines] = {}
         self._decoders: dict[tuple[str, str], Decoder] = {}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tests.e2e.servers import idle, wait_idle
+from tests.e2e.servers import until_running, wait_idle
 from tests.e2e.traffic import Answer, Pair
 
 RANKS = 4  # number of likeliest tokens that are counted separately
@@ -162,8 +162,7 @@ def every_kind(pair: Pair, prompt: list[int]) -> dict[str, Any]:
         wait_idle(pair.prefill, pair.decode)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             call: concurrent.futures.Future[Answer] = pool.submit(pair.ask, prompt, 2000, rid="given up")
-            while not idle(pair.decode)["running_batch"]:
-                assert not call.done(), call.result()
+            until_running(pair.decode, call)
             pair.abort("given up", pair.decode)
             dropped = '"type": "abort"' in call.result().failure
         wait_idle(pair.prefill, pair.decode)

@@ -29,7 +29,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.machine import header
@@ -37,6 +36,7 @@ from benchmarks.speculation_requests import Draws, same_source
 from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.measure.decode_error import model_maps
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
+from tests.e2e.prompts import encoded
 from tests.e2e.servers import launcher
 from tests.e2e.traffic import Pair
 from tests.speculating_model import artifact_for, fitted_layer, with_nextn
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     began = time.monotonic()
-    prompts = [Tokenizer.from_file(str(args.model / "tokenizer.json")).encode(text).ids for text in PROMPTS]
+    prompts = encoded(args.model, PROMPTS)
     kinds = {
         "with speculation": ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(args.guesses)),
         "without": (),

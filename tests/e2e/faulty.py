@@ -23,7 +23,7 @@ import httpx
 import psutil
 
 from tests.e2e.prompts import source
-from tests.e2e.servers import START_S, Server, launcher, running, wait_idle
+from tests.e2e.servers import START_S, Server, counters, launcher, running, wait_idle
 from tests.e2e.traffic import Answer, Pair
 from tests.ports import neighbouring_ports
 from tests.wire.proxy import FaultProxy, Spoiler
@@ -88,12 +88,6 @@ def growth(before: Held, after: Held) -> list[str]:
         if after[pid][2] > before[pid][2] + GROWTH_BYTES:
             found.append(f"process {pid}: {before[pid][2]} bytes before, {after[pid][2]} after")
     return found
-
-
-def counters(server: Server) -> dict[str, Any]:
-    """Return the counters of rank 0's agent."""
-    (agent,) = server.get("/server_info")["internal_states"][0]["tpla_transfer"]
-    return agent
 
 
 def series(server: Server) -> dict[str, dict[int, float]]:

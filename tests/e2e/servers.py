@@ -5,6 +5,7 @@ A server is a process group; `stop` and the end of the test session leave none o
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -199,12 +200,24 @@ def transfer_lines(server: Server) -> list[dict[str, Any]]:
     return [json.loads(line[line.index("transfer {") + len("transfer ") :]) for line in lines]
 
 
+def counters(server: Server) -> dict[str, Any]:
+    """Return the counters of rank 0's agent."""
+    (agent,) = server.get("/server_info")["internal_states"][0]["tpla_transfer"]
+    return agent
+
+
 def idle(server: Server) -> dict[str, Any]:
     """Return the resources that the server still holds, with the agent's rooms and staging."""
     state = server.get("/server_info")["internal_states"][0]
     (agent,) = state["tpla_transfer"]
     held = {k: v for k, v in state["tpla_scheduler"].items() if k != "cached_tokens"}
     return held | {"rooms": agent["rooms"], "staging": agent["staging_used_bytes"]}
+
+
+def until_running(decode: Server, call: concurrent.futures.Future[Any]) -> None:
+    """Wait until the server decodes a request; ``call`` asks for it and must not have ended."""
+    while not idle(decode)["running_batch"]:
+        assert not call.done(), call.result()
 
 
 def wait_idle(*servers: Server, timeout_s: float = 60) -> None:

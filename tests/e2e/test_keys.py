@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from sglang_tpla.transfer import keys
-from tests.e2e.servers import Server, launcher, router, running, wait_idle
+from tests.e2e.servers import Server, counters, launcher, router, running, wait_idle
 from tests.e2e.traffic import Pair
 
 TOKENS = 8
@@ -60,7 +60,7 @@ def test_answers_come_through_sealed_channels(keyed: Deployment, reference: Serv
     answer = keyed.router.generate(PROMPT, TOKENS)
     assert answer["output_ids"] == reference.generate(PROMPT, TOKENS)["output_ids"]
     for server in (keyed.prefill, keyed.decode):
-        (agent,) = server.get("/server_info")["internal_states"][0]["tpla_transfer"]
+        agent = counters(server)
         assert agent["data_channels"] == agent["sealed_channels"] == 1
         assert agent["wire_bytes"] > 0 and agent["shared_memory_bytes"] == 0
 
@@ -73,7 +73,7 @@ def test_a_decode_server_with_other_keys_is_refused(keyed: Deployment) -> None:
         prefill, decode = pool.map(lambda server: server.post("/generate", body), (keyed.prefill, keyed.stranger))
     assert decode.status_code >= 500 and "key" in decode.text, decode.text
     assert "no decode rank has asked for this room" in prefill.text, prefill.text
-    (agent,) = keyed.prefill.get("/server_info")["internal_states"][0]["tpla_transfer"]
+    agent = counters(keyed.prefill)
     assert agent["refused"] >= 1 and agent["peers"] == 1
     assert keyed.router.generate(PROMPT, TOKENS)["output_ids"]
     wait_idle(keyed.prefill, keyed.decode, keyed.stranger)

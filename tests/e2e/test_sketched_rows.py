@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
 
 from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.cache_rows.rotation import rotation
@@ -21,7 +20,7 @@ from sglang_tpla.measure.text import TextPlan, collect_statistics, read_text
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
 from sglang_tpla.reference_model.sketched_layer import SketchedMaps
 from tests.e2e.model_answers import said_and_due
-from tests.e2e.prompts import short_prompts
+from tests.e2e.prompts import encoded, short_prompts
 from tests.e2e.servers import Server, launcher, running, transfer_lines, wait_idle
 from tests.e2e.traffic import Pair
 
@@ -48,10 +47,8 @@ def whole_latent(model: PlainModel) -> list[LayerMaps]:
 
 def follow_the_model(pair: Pair, model: PlainModel, maps: Sequence[LayerMaps]) -> None:
     """Check that the server's logprob of every greedy token is that of the plain model with rows rounded alike."""
-    tokenizer = Tokenizer.from_file(f"{model.checkpoint.path}/tokenizer.json")
     apart, rounding = [], []
-    for prompt in short_prompts(8, seed=3):
-        ids = tokenizer.encode(prompt).ids
+    for ids in encoded(model.checkpoint.path, short_prompts(8, seed=3)):
         said, rounded, exact = said_and_due(pair, model, ids, 32, maps, None)
         apart.append((said - rounded).abs())
         rounding.append((exact - rounded).abs())

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
 
 from tests.e2e.model_answers import agree, said
-from tests.e2e.prompts import short_prompts
-from tests.e2e.servers import Server, idle, launcher, transfer_lines, wait_idle
-from tests.e2e.traffic import Answer, Pair
+from tests.e2e.prompts import encoded, short_prompts
+from tests.e2e.servers import Server, launcher, transfer_lines, until_running, wait_idle
+from tests.e2e.traffic import Pair
 from tests.speculating_model import artifact_for, copied_layer, with_nextn
 
 TOKENS, LAYERS, LATENT, ROPE = 40, 4, 128, 32
@@ -88,16 +87,8 @@ plain_rows = pytest.mark.parametrize("servers", ["plain"], indirect=True)
 
 @pytest.fixture(scope="module")
 def prompts(nano_mla: str) -> list[list[int]]:
-    tokenizer = Tokenizer.from_file(f"{nano_mla}/tokenizer.json")
-    texts = short_prompts(4, seed=5)
-    # The draft guesses right where one token repeats over and over.
-    return [*(tokenizer.encode(text).ids for text in texts), tokenizer.encode("    pass\n").ids * 30]
-
-
-def until_running(decode: Server, call: concurrent.futures.Future[Answer]) -> None:
-    """Wait until the server decodes a request, which must not have ended."""
-    while not idle(decode)["running_batch"]:
-        assert not call.done(), call.result()
+    *prompts, line = encoded(nano_mla, [*short_prompts(4, seed=5), "    pass\n"])
+    return [*prompts, line * 30]  # the draft guesses right where one token repeats over and over
 
 
 def test_greedy_answers_are_those_without_speculation(servers: Servers, prompts: list[list[int]]) -> None:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
 
 from sglang_tpla.calibrate import __main__ as calibrate
 from tests.e2e.model_answers import agree, said
-from tests.e2e.prompts import short_prompts
+from tests.e2e.prompts import encoded, short_prompts
 from tests.e2e.servers import Server, launcher, running, wait_idle
 from tests.e2e.traffic import Pair
 from tests.random_checkpoint import random_checkpoint
@@ -91,9 +90,7 @@ def glm(nano_mla: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dep
 
 @pytest.fixture(scope="module")
 def prompts(nano_mla: str) -> list[list[int]]:
-    tokenizer = Tokenizer.from_file(f"{nano_mla}/tokenizer.json")
-    texts = [*short_prompts(3, seed=9), "    pass\n" * 30]
-    return [tokenizer.encode(text).ids for text in texts]
+    return encoded(nano_mla, [*short_prompts(3, seed=9), "    pass\n" * 30])
 
 
 def artifact(model: Path, groups: int, rows: str) -> Path:

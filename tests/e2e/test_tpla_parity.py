@@ -9,13 +9,12 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from tokenizers import Tokenizer
 
 from sglang_tpla.artifact.artifact import Artifact, build
 from sglang_tpla.measure.decode_error import model_maps
 from sglang_tpla.reference_model.forward import PlainModel
 from tests.e2e.model_answers import said_and_due
-from tests.e2e.prompts import short_prompts
+from tests.e2e.prompts import encoded, short_prompts
 from tests.e2e.servers import launcher, running
 from tests.e2e.traffic import Pair
 
@@ -52,10 +51,8 @@ def assert_answers_follow_the_formula(
     """
     model = PlainModel(model_path)
     maps = model_maps(artifact, model)
-    tokenizer = Tokenizer.from_file(f"{model.checkpoint.path}/tokenizer.json")
     differs = 0
-    for prompt in short_prompts(prompts, seed=3):
-        ids = tokenizer.encode(prompt).ids
+    for ids in encoded(model_path, short_prompts(prompts, seed=3)):
         said, expected, otherwise = said_and_due(pair, model, ids, new_tokens, maps, None)
         torch.testing.assert_close(said, expected, rtol=0, atol=2e-3)
         differs += int(((otherwise - expected).abs() > 1e-2).any())

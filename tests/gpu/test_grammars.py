@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from sglang_tpla.reference_model.forward import PlainModel
-from tests.e2e.prompts import short_prompts
+from tests.e2e.prompts import encoded, short_prompts
 from tests.e2e.servers import request_body
 from tests.e2e.traffic import Pair
 from tests.gpu.engine import ANY_WIDTH, DEVICE, Engines
@@ -130,10 +130,7 @@ def served(nano_mla: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(scope="module")
 def prompts(nano_mla: str) -> list[list[int]]:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(Path(nano_mla) / "tokenizer.json"))
-    return [tokenizer.encode(text).ids for text in short_prompts(3, seed=9)]
+    return encoded(nano_mla, short_prompts(3, seed=9))
 
 
 def is_valid(kind: str, text: str) -> bool:

@@ -23,8 +23,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.faulty import TRANSFER, Faulty, Held, counters, growth, resources, series
-from tests.e2e.servers import ROOT, launcher, wait_idle
+from tests.e2e.faulty import TRANSFER, Faulty, Held, growth, resources, series
+from tests.e2e.servers import ROOT, counters, launcher, wait_idle
 from tests.soak.disturb import START_S, Site, all_faults
 from tests.soak.work import Case, Faults, Tally, Watch, Workers, quiet_answers
 

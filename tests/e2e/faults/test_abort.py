@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.faulty import PROMPTS, SLOW, TOKENS, Faulty, counters, series, until_in_flight
+from tests.e2e.faulty import PROMPTS, SLOW, TOKENS, Faulty, series, until_in_flight
 from tests.e2e.prompts import source
-from tests.e2e.servers import transfer_lines, wait_idle
+from tests.e2e.servers import counters, transfer_lines, wait_idle
 from tests.e2e.traffic import Answer
 
 VICTIM = source(seed=90, characters=9_000)  # more than half of the decode server's pool
