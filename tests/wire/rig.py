@@ -209,18 +209,14 @@ def decode_rank(
     page_size: int = PAGE,
     host: str | None = None,
     device: str = "cpu",
-    rows: RowFormat | None = None,
     **changes: float,
 ) -> DecodeRank:
-    """Make a decode rank with zeroed rows in the format of ``z``, or in ``rows``, or plain in ``dtype``."""
+    """Make a decode rank with zeroed rows in the format of ``z``, or plain in ``dtype``."""
     if z is None and ROWS == "sketched":
         z = sketched_projection(0)
-    widths = z.widths if z is not None else (LATENT,) * LAYERS
-    shared = z.shared if z is not None else widths
-    if z is not None and z.sketched is not None:
-        rows = z.sketched
-    if rows is None:
-        rows = RowFormat.plain(widths, shared, ROPE)
+    rows = RowFormat.plain((LATENT,) * LAYERS, (LATENT,) * LAYERS, ROPE)
+    if z is not None:
+        rows = z.sketched or RowFormat.plain(z.widths, z.shared, ROPE)
     dtype = rows.item_dtype(dtype)
     layers = [torch.zeros(PAGES * PAGE, layer.row_items, dtype=dtype, device=device) for layer in rows.layers]
     pool = CachePool(layers, LATENT, ROPE, page_size, encoding=rows)
