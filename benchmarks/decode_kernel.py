@@ -32,6 +32,7 @@ from sglang_tpla.attention.reference import latent_attention
 
 SCALE = 192**-0.5
 MLA_DIM, ROPE_DIM = 512, 64
+CALLS, ROUNDS = 10, 25  # calls in one CUDA graph, and its replays
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def capture(run: Callable[[], object], calls: int) -> Callable[[], float]:
     return measure
 
 
-def measure_row(row: Row, page_size: int, layout: str, rounds: int, calls: int, apart: bool) -> dict[str, object]:
+def measure_row(row: Row, page_size: int, layout: str, apart: bool) -> dict[str, object]:
     """Time MLA and TPLA in turns, and return the row's figures."""
     device = torch.device("cuda:0")
     mla_shape = DecodeShape(MLA_DIM, row.mla_heads, ROPE_DIM, page_size=page_size)
@@ -127,9 +128,9 @@ def measure_row(row: Row, page_size: int, layout: str, rounds: int, calls: int, 
             between.add_(1)
         step.run()
 
-    timers = [capture(functools.partial(call, step), calls) for step in (mla, tpla)]
+    timers = [capture(functools.partial(call, step), CALLS) for step in (mla, tpla)]
     samples: tuple[list[float], list[float]] = ([], [])
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         for timer, into in zip(timers, samples, strict=True):
             into.append(timer())
     mla_ms, tpla_ms = (statistics.median(sample) for sample in samples)
@@ -184,15 +185,13 @@ def main() -> None:
     parser.add_argument("--page-size", type=int, default=1, choices=(1, 64))
     parser.add_argument("--layout", default="random", choices=("random", "linear"), help="order of the pages in memory")
     parser.add_argument("--apart", action="store_true", help="an ordinary kernel before each call")
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--calls", type=int, default=10, help="calls in one CUDA graph")
     args = parser.parse_args()
 
     rows = []
     print("w    heads (MLA)  B x S          MLA ms   TPLA ms  GB/s   error    bound  speed  bar")
     for row in ROWS:
         torch.manual_seed(row.latent_dim + row.heads)
-        result = measure_row(row, args.page_size, args.layout, args.rounds, args.calls, args.apart)
+        result = measure_row(row, args.page_size, args.layout, args.apart)
         rows.append(result)
         print(
             f"{row.latent_dim:<4} {row.heads:>5} ({row.mla_heads:>3})  {row.batch:>3} x {row.tokens:<8} "

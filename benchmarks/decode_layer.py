@@ -60,7 +60,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     buffers = Buffers.make(CACHE_BYTES)
     report: dict[str, Any] = {"environment": environment(), "gpu": torch.cuda.get_device_name()}
     report |= {"copy_gb_s": round(copy_bytes_per_s(buffers) / 1e9), "layers": [], "kernels": [], "not_run": []}
-    report["writes"] = measure_writes(buffers) if arguments.writes else []
+    report["writes"] = measure_writes(buffers)
     report["g1_against_stock_relative_error"] = equality(buffers)
     print(f"ready after {time.monotonic() - started:.0f} s", flush=True)
     seen: set[tuple[Any, ...]] = set()
@@ -123,8 +123,6 @@ def block(
                     {"model": model.name, "ranks": ranks, "weights": weights, "batch": batch}
                     | {"context": context, "method": name_of(method), "us": round(seconds * 1e6, 2)}
                 )
-                if not arguments.kernels:
-                    continue
                 for piece in layer.work.pieces:
                     key = (piece, layer.work.batch, layer.work.rows.width)
                     if key in seen:
@@ -199,19 +197,6 @@ def measure_writes(buffers: Any) -> list[dict[str, Any]]:
                 | {f"{name}_us": round(seconds * 1e6, 2) for name, seconds in times.items()}
             )
     return rows
-
-
-def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return runs on one card as one run, with the first run's environment and the rows of all."""
-    cards = {report["gpu"] for report in reports}
-    if len(cards) > 1:
-        raise SystemExit(f"expected runs on one kind of card, got {sorted(cards)}; merge each card's by itself")
-    whole = dict(reports[0])
-    for report in reports[1:]:
-        for key in ("layers", "kernels", "writes", "not_run"):
-            whole[key] = whole[key] + report[key]
-    whole["seconds"] = sum(report.get("seconds", 0.0) for report in reports)
-    return whole
 
 
 def save(report: dict[str, Any], path: Path) -> None:
@@ -377,15 +362,9 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", default=["bf16", "fp8"])
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--contexts", nargs="+", type=int, default=list(CONTEXTS))
-    parser.add_argument("--no-kernels", dest="kernels", action="store_false", help="whole layers only")
     parser.add_argument("--budget-s", type=float, default=float("inf"), help="start nothing new after this long")
-    parser.add_argument("--no-writes", dest="writes", action="store_false", help="not the cache write alone")
-    parser.add_argument("--merge", type=Path, nargs="+", help="join recorded runs into --out; needs no GPU")
     parser.add_argument("--report", type=Path, help="print a recorded run")
     arguments = parser.parse_args()
-    if arguments.merge:
-        save(merged([json.loads(path.read_text()) for path in arguments.merge]), arguments.out)
-        return
     if arguments.report:
         print(text(json.loads(arguments.report.read_text())))
         return

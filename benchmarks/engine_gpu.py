@@ -23,8 +23,6 @@ import random
 import statistics
 import sys
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,10 +30,12 @@ from typing import Any
 import httpx
 import torch
 from alone import alone
+from machine import header
 from v3_shaped import LATENT, ROPE, VOCABULARY, Shape, write_artifact, write_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.e2e.servers import Pair, request_body, transfer_lines
+from tests.e2e.servers import transfer_lines
+from tests.e2e.traffic import Pair
 from tests.gpu.engine import DEVICE, OUR_KERNEL, Engines
 
 ANSWER_TOKENS = 4
@@ -43,10 +43,7 @@ ANSWER_TOKENS = 4
 
 def one_request(pair: Pair, prompt: list[int]) -> dict[str, Any]:
     """Send one prompt through both servers; return the transfer's log line and when the client saw the first tokens."""
-    room = pair.next_room = pair.next_room + 1
-    body = request_body(prompt, ANSWER_TOKENS) | {
-        "bootstrap_host": "127.0.0.1", "bootstrap_port": pair.bootstrap, "bootstrap_room": room,
-    }  # fmt: skip
+    body = pair.body(prompt, ANSWER_TOKENS)
     seen: list[float] = []
 
     def decode() -> None:
@@ -59,7 +56,7 @@ def one_request(pair: Pair, prompt: list[int]) -> dict[str, Any]:
         stream = pool.submit(decode)
         pair.prefill.post("/generate", body, 300).raise_for_status()
         stream.result()
-    (line,) = (line for line in transfer_lines(pair.prefill) if line["room"] == room)
+    (line,) = (line for line in transfer_lines(pair.prefill) if line["room"] == body["bootstrap_room"])
     assert line["result"] == "success", line
     end_of_prefill = line["at"] - line["after_prefill_seconds"]
     assert len(seen) >= ANSWER_TOKENS, seen  # the times are only valid with one event a token
@@ -101,15 +98,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--groups", type=int, default=1)
     parser.add_argument("--chunk", type=int, default=8192, help="tokens that prefill computes at a time")
-    parser.add_argument("--first-gpu", type=int, default=0)
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-        "sglang": version("sglang"),
-        "torch": torch.__version__,
+        **header(torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"),
         "layers": args.layers,
         "groups": args.groups,
         "cache_bytes_per_token": args.layers * (LATENT + args.groups * ROPE) * (2 if DEVICE == "cuda" else 4),
@@ -125,7 +118,7 @@ def main() -> None:
         if args.groups > 1:
             write_artifact(artifact, model, args.groups)
             flags += ("--tpla-artifact", str(artifact))
-        engines = Engines(str(model), args.out.parent, first_gpu=args.first_gpu)
+        engines = Engines(str(model), args.out.parent)
         try:
             engines.start_prefill("--chunked-prefill-size", str(args.chunk))
             engines.decode("decode", args.groups, *flags, *OUR_KERNEL)

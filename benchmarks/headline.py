@@ -36,8 +36,6 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -48,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import v3_shaped
 from alone import alone
 from headline_rank import child, sketched_rows
+from machine import header
 
 from sglang_tpla.config import Settings
 
@@ -273,6 +272,46 @@ def jobs_of(model: str, args: argparse.Namespace, folder: Path, memory_bytes: fl
     return found
 
 
+def run_all(queue: list[dict[str, Any]], report: dict[str, Any], args: argparse.Namespace, began: float) -> None:
+    """Run jobs one after another, and write the report after each; the ranks of the next ones import meanwhile."""
+    ahead = AHEAD if GPU else 1
+    started = [Job(job, args.out.parent) for job in queue[:ahead]]
+    try:
+        with alone():
+            for index, job in enumerate(queue):
+                if time.monotonic() - began > args.until:
+                    report["failed"][job["name"]] = f"not reached within {args.until:.0f} s"
+                    continue
+                started += [Job(later, args.out.parent) for later in queue[len(started) : index + ahead]]
+                started[index].wait_until_imported()
+                start = time.monotonic()
+                rows, why = started[index].run(args.limit)
+                seconds = round(time.monotonic() - start, 1)
+                report["rows"] += [
+                    row | {"job": job["name"], "requests": requests_of(job, row), "seconds": seconds} for row in rows
+                ]
+                if why:
+                    report["failed"][job["name"]] = why
+                    print(f"{job['name']:>24}  {why}", flush=True)
+                print(f"{job['name']:>24}  took {seconds} s", flush=True)
+                args.out.write_text(json.dumps(report, indent=1) + "\n")
+    finally:
+        for one in started:
+            one.end()
+
+
+def print_best(report: dict[str, Any], model: str) -> None:
+    """Compare the largest batches with plain TP's."""
+    best: dict[str, float] = {}
+    for row in report["rows"]:
+        if row["job"].startswith(f"{model}-") and row["context"] == (CONTEXT if GPU else 64):
+            rate = 1e3 * row["requests"] / row["step_ms"]
+            best[row["job"]] = max(best.get(row["job"], 0.0), rate)
+    beside = best.get(f"{model}-mla")
+    for name, rate in best.items():
+        print(f"{name:>24}  {rate:8.0f} tokens/s" + (f"  {rate / beside:.2f} of plain TP" if beside else ""))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "headline.json")
@@ -299,10 +338,7 @@ def main() -> None:
     memory_bytes = torch.cuda.get_device_properties(0).total_memory if GPU else 0.0
     began = time.monotonic()
     report: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(0) if GPU else "a CPU: to try this file",
-        "sglang": version("sglang"),
-        "torch": torch.__version__,
+        **header(torch.cuda.get_device_name(0) if GPU else "a CPU: to try this file"),
         "ranks": args.ranks,
         "alone": args.alone,
         "intermediate": args.intermediate,
@@ -314,44 +350,11 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         described = {model: jobs_of(model, args, Path(folder), memory_bytes) for model in args.models}
         named = {job["name"]: job for jobs in described.values() for job in jobs}
-        queue = [
-            named[f"{model}-{name}"] for name in args.methods for model in args.models if f"{model}-{name}" in named
-        ]
-        ahead = AHEAD if GPU else 1
-        started = [Job(job, args.out.parent) for job in queue[:ahead]]
-        try:
-            with alone():
-                for index, job in enumerate(queue):
-                    if time.monotonic() - began > args.until:
-                        report["failed"][job["name"]] = f"not reached within {args.until:.0f} s"
-                        continue
-                    started += [Job(later, args.out.parent) for later in queue[len(started) : index + ahead]]
-                    running = started[index]
-                    running.wait_until_imported()
-                    start = time.monotonic()
-                    rows, why = running.run(args.limit)
-                    seconds = {"seconds": round(time.monotonic() - start, 1)}
-                    report["rows"] += [
-                        row | {"job": job["name"], "requests": requests_of(job, row)} | seconds for row in rows
-                    ]
-                    if why:
-                        report["failed"][job["name"]] = why
-                        print(f"{job['name']:>24}  {why}", flush=True)
-                    print(f"{job['name']:>24}  took {seconds['seconds']} s", flush=True)
-                    args.out.write_text(json.dumps(report, indent=1) + "\n")
-        finally:
-            for one in started:
-                one.end()
+        names = [f"{model}-{name}" for name in args.methods for model in args.models]
+        run_all([named[name] for name in names if name in named], report, args, began)
     args.out.write_text(json.dumps(report, indent=1) + "\n")
-    for model in args.models:  # compare the largest batches with plain TP's
-        best = {}
-        for row in report["rows"]:
-            if row["job"].startswith(f"{model}-") and row["context"] == (CONTEXT if GPU else 64):
-                rate = 1e3 * row["requests"] / row["step_ms"]
-                best[row["job"]] = max(best.get(row["job"], 0.0), rate)
-        beside = best.get(f"{model}-mla")
-        for name, rate in best.items():
-            print(f"{name:>24}  {rate:8.0f} tokens/s" + (f"  {rate / beside:.2f} of plain TP" if beside else ""))
+    for model in args.models:
+        print_best(report, model)
     return None
 
 

@@ -3,8 +3,12 @@
 import os
 import platform
 import resource
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 def memory_bytes(limit_gib: float) -> int:
@@ -32,6 +36,16 @@ def machine() -> dict[str, Any]:
         "kernel": platform.release(),
         "congestion_control": Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip(),
         "python": platform.python_version(),
+    }
+
+
+def header(device: str) -> dict[str, Any]:
+    """Return what every result of servers and GPUs begins with: date, device and versions."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": device,
+        "sglang": version("sglang"),
+        "torch": torch.__version__,
     }
 
 

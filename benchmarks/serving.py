@@ -25,8 +25,6 @@ import statistics
 import sys
 import time
 import traceback
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -34,17 +32,21 @@ from typing import Any
 import torch
 from alone import alone
 from engine_gpu import measure
+from machine import header
 from serving_client import Client
 from v3_shaped import SMALL, VOCABULARY, Shape, write_artifact, write_checkpoint, write_sketched_artifact
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.e2e.servers import Pair, Server, transfer_lines
+from tests.e2e.servers import Server, transfer_lines
+from tests.e2e.traffic import Pair
 from tests.gpu.engine import DEVICE, Engines
 
 GPU = DEVICE == "cuda"
 STOCK_KERNEL = ("--attention-backend", "flashinfer") if GPU else ()
 OUR_KERNEL = ("--attention-backend", "tpla") if GPU else ()
 CHUNK = 8192  # tokens that prefill computes at a time
+# The prefill server's flags besides the common ones; this server decodes nothing.
+PROMPTS = ("--chunked-prefill-size", str(CHUNK), *STOCK_KERNEL, "--decode-attention-backend", "flashinfer")
 FIGURES = ("output_throughput", "median_tpot_ms", "p99_tpot_ms", "median_ttft_ms", "completed", "duration")
 
 
@@ -56,14 +58,6 @@ def decode_flags(method: str, artifacts: dict[str, Path], most_requests: int) ->
     if method == "g1-8bit":
         return ("--tpla-groups", "1", "--tpla-rows", "sketched", *OUR_KERNEL, *graphs)
     return ("--tpla-groups", "2", "--tpla-artifact", str(artifacts[method]), *OUR_KERNEL, *graphs)
-
-
-def prefill_flags(kernel: str) -> tuple[str, ...]:
-    """Return the prefill server's flags besides the common ones; this server decodes nothing."""
-    if not GPU:
-        return ()
-    kernels = ("--attention-backend", kernel, "--decode-attention-backend", kernel)
-    return ("--chunked-prefill-size", str(CHUNK), *kernels)
 
 
 def graph_batches(most_requests: int) -> list[int]:
@@ -125,6 +119,89 @@ def first_step(pair: Pair, tokens: int, repeats: int) -> dict[str, Any]:
     return row | {"each_first_step_ms": [round(1e3 * run["first_step_seconds"], 2) for run in runs]}
 
 
+class Run:
+    """All servers, the client, and the file with the figures.
+
+    Args:
+        scratch: a folder for the checkpoint, its artifacts and the client's results.
+    """
+
+    def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
+        self.args, self.scratch, self.model = args, scratch, scratch / "model"
+        self.result: dict[str, Any] = {
+            **header(torch.cuda.get_device_name() if GPU else "a CPU: to try this file"),
+            **{name: getattr(args, name) for name in ("layers", "heads", "input", "output", "prompts", "seconds")},
+            "rows": [],
+            "first_step": [],
+            "failed": {},
+        }
+        sizes = {"hidden": 7168, "query_latent": 1536, "intermediate": 512} if GPU else SMALL
+        context = 2 * max(args.input + args.output, *args.first_step, 0)
+        shape = Shape(args.layers, context, **(sizes | {"heads": args.heads}))
+        write_checkpoint(self.model, shape, only_identity=True)
+        self.artifacts = {name: scratch / f"{name}.safetensors" for name in ("g2", "g2-sketched")}
+        write_artifact(self.artifacts["g2"], self.model, 2)
+        write_sketched_artifact(self.artifacts["g2-sketched"], self.model, 2)
+        self.common = ("--load-format", "dummy", "--max-total-tokens", str(args.tokens))
+        self.engines = Engines(str(self.model), args.out.parent)
+        self.client = Client(args.out.parent / "client.log")
+
+    def keep(self) -> None:
+        """Write the figures so far."""
+        self.args.out.write_text(json.dumps(self.result, indent=1) + "\n")
+
+    def start(self, method: str) -> None:
+        """Start a method's decode server."""
+        flags = decode_flags(method, self.artifacts, self.args.prompts)
+        self.engines.decode(method, 2, *self.common, *flags)
+
+    def measure_all(self) -> None:
+        """Measure every method; a method that fails is noted, and the next one is measured."""
+        self.engines.start_prefill(*self.common, *(PROMPTS if GPU else ()))
+        for method in self.args.methods if self.args.together else ():
+            self.start(method)
+        for method in self.args.methods:
+            if not self.args.together:
+                self.start(method)
+            try:
+                self.measure_method(method)
+            except Exception as error:
+                self.result["failed"][method] = f"{type(error).__name__}: {error}"[:1500]
+                traceback.print_exc()
+            self.keep()
+            self.engines.decodes[method].front.stop()  # the next server takes its place on the GPUs
+
+    def measure_method(self, method: str) -> None:
+        """Measure all rates, then all lengths."""
+        pair = self.engines.pair(method)
+        router = self.engines.start_router(method)
+        with alone():
+            warm_up(pair, self.args)
+            for rate in self.args.rates:
+                forget_prompts(pair)
+                out = self.scratch / f"{method}-{rate}.json"
+                row = arrivals(self.client, router.url, pair.prefill, self.model, rate, self.args, out)
+                self.result["rows"].append({"method": method, **row})
+                self.keep()
+                figures = "  ".join(f"{name} {row[name]}" for name in (*FIGURES, "sent_ms"))
+                print(f"{method:>12} at {rate:>4}/s {figures}", flush=True)
+            for tokens in self.args.first_step:
+                row = first_step(pair, tokens, self.args.repeats)
+                self.result["first_step"].append({"method": method, **row})
+                self.keep()
+                print(
+                    f"{method:>12}, {tokens} tokens: first step {row['first_step_ms']:.1f} ms after prefill, "
+                    f"{row['bytes'] / 1e6:.0f} MB",
+                    flush=True,
+                )
+        router.stop()
+
+    def stop(self) -> None:
+        """End all processes."""
+        self.client.stop()
+        self.engines.stop()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     methods = ("tp", "g1-8bit", "g2", "g2-sketched")
@@ -142,82 +219,15 @@ def main() -> None:
     parser.add_argument("--first-step", nargs="*", type=int, default=[1024, 8192, 32768] if GPU else [16, 64])
     parser.add_argument("--repeats", type=int, default=5 if GPU else 2, help="of each of those, after a warm-up")
     parser.add_argument("--tokens", type=int, default=450_000 if GPU else 2000, help="tokens that decode's pool holds")
-    parser.add_argument("--prefill-kernel", default="flashinfer", help="of attention, on GPUs")
     parser.add_argument("--together", action="store_true", help="start all decode servers at once")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if GPU else "a CPU: to try this file",
-        "sglang": version("sglang"),
-        "torch": torch.__version__,
-        **{name: getattr(args, name) for name in ("layers", "heads", "input", "output", "prompts", "seconds")},
-        "rows": [],
-        "first_step": [],
-        "failed": {},
-    }
     with TemporaryDirectory() as scratch:
-        model = Path(scratch) / "model"
-        sizes = {"hidden": 7168, "query_latent": 1536, "intermediate": 512} if GPU else SMALL
-        context = 2 * max(args.input + args.output, *args.first_step, 0)
-        write_checkpoint(model, Shape(args.layers, context, **(sizes | {"heads": args.heads})), only_identity=True)
-        artifacts = {name: Path(scratch) / f"{name}.safetensors" for name in ("g2", "g2-sketched")}
-        write_artifact(artifacts["g2"], model, 2)
-        write_sketched_artifact(artifacts["g2-sketched"], model, 2)
-        common = ("--load-format", "dummy", "--max-total-tokens", str(args.tokens))
-        engines = Engines(str(model), args.out.parent)
-        client = Client(args.out.parent / "client.log")
-
-        def keep() -> None:
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
-
-        def start(method: str) -> None:
-            engines.decode(method, 2, *common, *decode_flags(method, artifacts, args.prompts))
-
-        def measure_method(method: str) -> None:
-            """Measure all rates, then all lengths."""
-            pair = engines.pair(method)
-            router = engines.start_router(method)
-            with alone():
-                warm_up(pair, args)
-                for rate in args.rates:
-                    forget_prompts(pair)
-                    out = Path(scratch) / f"{method}-{rate}.json"
-                    row = arrivals(client, router.url, pair.prefill, model, rate, args, out)
-                    result["rows"].append({"method": method, **row})
-                    keep()
-                    print(
-                        f"{method:>12} at {rate:>4}/s " + "  ".join(f"{k} {row[k]}" for k in (*FIGURES, "sent_ms")),
-                        flush=True,
-                    )
-                for tokens in args.first_step:
-                    row = first_step(pair, tokens, args.repeats)
-                    result["first_step"].append({"method": method, **row})
-                    keep()
-                    print(
-                        f"{method:>12}, {tokens} tokens: first step {row['first_step_ms']:.1f} ms after prefill, "
-                        f"{row['bytes'] / 1e6:.0f} MB",
-                        flush=True,
-                    )
-            router.stop()
-
+        run = Run(args, Path(scratch))
         try:
-            engines.start_prefill(*common, *prefill_flags(args.prefill_kernel))
-            for method in args.methods if args.together else ():
-                start(method)
-            for method in args.methods:
-                if not args.together:
-                    start(method)
-                try:
-                    measure_method(method)
-                except Exception as error:  # keep the other methods' figures
-                    result["failed"][method] = f"{type(error).__name__}: {error}"[:1500]
-                    traceback.print_exc()
-                keep()
-                engines.decodes[method].front.stop()  # the next server takes its place on the GPUs
+            run.measure_all()
         finally:
-            client.stop()
-            engines.stop()
+            run.stop()
 
 
 if __name__ == "__main__":

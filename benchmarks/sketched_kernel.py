@@ -30,6 +30,7 @@ from sglang_tpla.attention.interface import DecodeShape
 from sglang_tpla.cache_rows.sketched import SketchedRows
 
 MLA_HEADS = 16
+CALLS, ROUNDS = 10, 15
 
 
 @dataclass(frozen=True)
@@ -74,15 +75,15 @@ def sketched(row: Row, page_size: int) -> Step:
     )
 
 
-def measure(row: Row, page_size: int, rounds: int, calls: int) -> dict[str, Any]:
+def measure(row: Row, page_size: int) -> dict[str, Any]:
     """Return the median microseconds of fa3 with few and with all heads, and of sketched rows."""
     steps = {
         "mla": mla(MLA_HEADS, row, page_size),
         "mla, all heads": mla(MLA_HEADS * row.groups, row, page_size),
         "sketched": sketched(row, page_size),
     }
-    timers = [capture(step.run, calls) for step in steps.values()]
-    samples = [[1000 * timer() for timer in timers] for _ in range(rounds)]
+    timers = [capture(step.run, CALLS) for step in steps.values()]
+    samples = [[1000 * timer() for timer in timers] for _ in range(ROUNDS)]
     us = dict(zip(steps, map(statistics.median, zip(*samples, strict=True)), strict=True))
     spread = dict(zip(steps, ([min(one), max(one)] for one in zip(*samples, strict=True)), strict=True))
     return {
@@ -100,13 +101,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "sketched_kernel.json")
     parser.add_argument("--page-size", type=int, default=1, choices=(1, 64))
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--calls", type=int, default=10, help="calls in one CUDA graph")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for row in ROWS:
-        result = measure(row, args.page_size, args.rounds, args.calls)
+        result = measure(row, args.page_size)
         rows.append(result)
         times = ", ".join(f"{name} {us:.1f}" for name, us in result["us"].items())
         print(

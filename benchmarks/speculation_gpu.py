@@ -22,7 +22,6 @@ plain and of sketched rows (each needs its artifact; on one GPU the ranks speak 
 
 import argparse
 import concurrent.futures
-import functools
 import itertools
 import json
 import os
@@ -31,18 +30,17 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.machine import header
 from benchmarks.speculation_requests import Draws, chances, compare_draws, draw, every_kind
-from tests.e2e.servers import Pair, Server
+from tests.e2e.prompts import encoded
+from tests.e2e.servers import Server
 from tests.gpu.engine import DEVICE, EAGER, ENV, GPUS, SHARED_FLAGS, Engines
 from tests.ports import free_ports
 from tests.speculating_model import pad_latent
@@ -65,62 +63,39 @@ LOGPROBS = {"return_logprob": True, "top_logprobs_num": 4}
 PENALTIES = ({"frequency_penalty": 1.5}, {"presence_penalty": 1.2}, {"repetition_penalty": 1.6})
 
 
-def prompts(tokenizer: Tokenizer, count: int, longest: int) -> list[list[int]]:
+def prompts(model: Path, count: int, longest: int) -> list[list[int]]:
     """Return ``count`` prompts of 10 to ``longest`` tokens, of this repository's code, which nobody trained on."""
     sources = sorted((ROOT / "sglang_tpla").rglob("*.py"), key=lambda path: path.stat().st_size, reverse=True)
-    found = []
-    for index in range(count):
-        ids = tokenizer.encode(sources[index % len(sources)].read_text()).ids
-        wanted = int(10 * (longest / 10) ** (index / max(count - 1, 1)))
-        found.append(ids[:wanted])
-    return found
+    lengths = [int(10 * (longest / 10) ** (index / max(count - 1, 1))) for index in range(count)]
+    texts = [sources[index % len(sources)].read_text() for index in range(count)]
+    return [ids[:length] for ids, length in zip(encoded(model, texts), lengths, strict=True)]
 
 
 class Decoder:
-    """A way to get answers: a stock server, or prefill and decode servers."""
+    """A way to get answers: a stock server, or prefill and decode servers.
+
+    Args:
+        engines: the servers, which are waited for.
+        name: the decode server's layout.
+    """
 
     def __init__(self, engines: Engines, name: str) -> None:
-        self.name, self.engines = name, engines
-
-    def open(self) -> None:
-        """Wait until the servers answer."""
-        if self.name.startswith("stock"):
-            assert self.engines.stock is not None
-            self.engines.wait(self.engines.stock)
-            self._pair = None
+        self.name, self.stock = name, engines.stock
+        if self.stock is not None:
+            engines.wait(self.stock)
         else:
-            self._pair = self.engines.pair(self.name)
+            self.pair = engines.pair(name)
 
-    @property
-    def pair(self) -> Pair:
-        """Prefill and decode server, with rooms that no other request has."""
-        assert self._pair is not None
-        self._pair.next_room += 100_000
-        return self._pair
-
-    @property
-    def server(self) -> Server:
-        """The decode server."""
-        if self._pair is None:
-            assert self.engines.stock is not None
-            return self.engines.stock
-        return self._pair.decode
-
-    def ask(self, prompt: list[int], tokens: int, room: int = 0, **extra: Any) -> dict[str, Any]:
+    def ask(self, prompt: list[int], tokens: int, **extra: Any) -> dict[str, Any]:
         """Return one greedy answer."""
-        if self._pair is None:
-            return self.server.generate(prompt, tokens, **extra)
-        pair = self._pair
-        one = Pair(pair.prefill, pair.bootstrap, pair.decode, next_room=pair.next_room + 1 + room)
-        return one.generate(prompt, tokens, **extra)[1]
+        if self.stock is not None:
+            return self.stock.generate(prompt, tokens, **extra)
+        return self.pair.generate(prompt, tokens, **extra)[1]
 
     def together(self, asked: list[list[int]], tokens: int, **extra: Any) -> list[dict[str, Any]]:
         """Return the answers to all prompts, asked at once."""
-        if self._pair is not None:
-            self._pair.next_room += 1000
         with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
-            jobs = [pool.submit(self.ask, ids, tokens, room, **extra) for room, ids in enumerate(asked)]
-            return [job.result() for job in jobs]
+            return list(pool.map(lambda ids: self.ask(ids, tokens, **extra), asked))
 
 
 def parted(plain: dict[str, Any], drafted: dict[str, Any]) -> dict[str, Any] | None:
@@ -232,8 +207,6 @@ def draws_at(
         }
         for kind, job in jobs.items():
             rows[kind].extend(job.result())
-    for decoder in decoders.values():
-        _ = decoder.pair  # takes fresh rooms
     made.keep()
     # Token 0 is prefill's. One step gives tokens 1 and 2 if it keeps the first guess.
     params = {"max_new_tokens": 3, "temperature": 1.0, "ignore_eos": True, "n": 100}
@@ -268,6 +241,187 @@ def start_stock(engines: Engines, *flags: str) -> None:
     engines.stock = Server("stock", command, port, engines.log / "stock.log", ENV | {"SGLANG_PLUGINS": "none"}).start()
 
 
+class Run:
+    """All servers, and the file with the answers to the questions about them.
+
+    Args:
+        scratch: a folder for the checkpoint that stock servers take.
+    """
+
+    def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
+        self.args, self.scratch, self.began = args, scratch, time.monotonic()
+        self.draws = Draws(args.draws_file)
+        self.seeds = itertools.count(SEED + 100 * self.draws.runs)
+        self.parts: dict[str, Any] = {}
+        self.result = header(torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu") | {
+            "gpus": GPUS,
+            "model": args.model.name,
+            "guesses": args.guesses,
+            "parts": self.parts,
+        }
+        self.prompts = prompts(args.model, args.prompts, args.longest)
+        self.engines: dict[str, Engines] = {}
+        self.stocks: dict[str, Engines] = {}
+        self._decoders: dict[tuple[str, str], Decoder] = {}
+        self._answers: dict[tuple[str, str], list[dict[str, Any]]] = {}
+
+    def start(self) -> list[str]:
+        """Start all servers, and return the layouts that are served."""
+        args, logs = self.args, self.args.out.parent
+        speculation = ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(args.guesses))
+        for kind in ("drafting", "plain"):  # each has its prefill server: a pair of which one server drafts is refused
+            self.engines[kind] = Engines(str(args.model), logs / kind)
+            self.engines[kind].log.mkdir(parents=True, exist_ok=True)
+        # The prompts' backend computes only prompts: SGLang's tables have no backend for the draft's guesses.
+        draft = ("--speculative-draft-attention-backend", "triton") if DEVICE == "cuda" else ()
+        self.engines["drafting"].start_prefill(*REQUESTS, *self._sampler(), *speculation, *draft)
+        self.engines["plain"].start_prefill(*REQUESTS, *self._sampler())
+        layouts = self._layouts()
+        for name in (name for name in args.only if name in layouts):
+            ranks, flags = layouts[name]
+            self.engines["drafting"].decode(name, ranks, *REQUESTS, *self._sampler(), *flags, *speculation)
+            self.engines["plain"].decode(name, ranks, *REQUESTS, *self._sampler(), *flags)
+            if "penalised" in args.parts:
+                in_turn = f"{name}-in-turn"
+                self.engines["plain"].decode(in_turn, ranks, *REQUESTS, *self._sampler(), *flags, *IN_TURN)
+        if "stock" in args.only and DEVICE == "cuda":
+            padded = pad_latent(args.model, self.scratch / "padded", STOCK_LATENT)
+            chains = ("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(args.guesses + 1))
+            for kind, extra in (("drafting", (*speculation, *chains)), ("plain", ())):
+                self.stocks[kind] = Engines(str(padded), logs / f"stock-{kind}")
+                self.stocks[kind].log.mkdir(parents=True, exist_ok=True)
+                start_stock(self.stocks[kind], *extra)
+        return [name for name in args.only if name in layouts or (name == "stock" and self.stocks)]
+
+    def _sampler(self) -> tuple[str, ...]:
+        """Return the flags of a new seed: servers of one seed could draw the same tokens."""
+        return (*GRAMMARS, "--random-seed", str(next(self.seeds)))
+
+    def _layouts(self) -> dict[str, tuple[int, tuple[str, ...]]]:
+        """Return the ranks and the flags of every layout whose artifact is there."""
+        found: dict[str, tuple[int, tuple[str, ...]]] = {
+            "g1": (1, (*OURS, *GRAPHS)),
+            "q1": (1, (*OURS, *GRAPHS, "--tpla-rows", "sketched")),
+            "eager": (1, (*OURS, *EAGER)),
+        }
+        two = ("--tpla-groups", "2", *OURS, *(GRAPHS if GPUS > 1 else ()), "--tpla-artifact")
+        for name, artifact in (("g2", self.args.artifact), ("q2", self.args.sketched_artifact)):
+            if artifact is not None:
+                found[name] = (2, (*two, str(artifact)))
+        return found
+
+    def stop(self) -> None:
+        """End all servers."""
+        for one in (*self.engines.values(), *self.stocks.values()):
+            one.stop()
+
+    def decoder(self, name: str, kind: str) -> Decoder:
+        """Return a layout's servers, with speculation ("drafting") or without ("plain"), once they answer."""
+        if (name, kind) not in self._decoders:
+            source = self.stocks if name == "stock" else self.engines
+            self._decoders[name, kind] = Decoder(source[kind], name)
+        return self._decoders[name, kind]
+
+    def both(self, name: str) -> dict[str, Decoder]:
+        """Return the two kinds of servers of a layout."""
+        return {kind: self.decoder(name, kind) for kind in ("drafting", "plain")}
+
+    def answers(self, name: str, kind: str) -> list[dict[str, Any]]:
+        """Return a server's answers to all prompts, each asked once."""
+        if (name, kind) not in self._answers:
+            decoder = self.decoder(name, kind)
+            self._answers[name, kind] = answer_all(decoder, self.prompts, self.args.tokens, 8)
+        return self._answers[name, kind]
+
+    def keep(self, name: str, work: Callable[..., Any], *arguments: Any) -> None:
+        """Run one part and write the file, which has the other parts even if this one fails."""
+        start = time.monotonic()
+        if start - self.began > self.args.limit_s:
+            self.parts[name] = {"skipped": f"after {start - self.began:.0f} s"}
+        else:
+            try:
+                self.parts[name] = work(*arguments)
+            except Exception as error:
+                self.parts[name] = {"failed": f"{type(error).__name__}: {error}"[:1500]}
+                traceback.print_exc()
+        now = time.monotonic()
+        print(f"== {name} ({now - start:.0f} s, {now - self.began:.0f} s in all)")
+        print(json.dumps(self.parts[name])[:700], flush=True)
+        self.args.out.write_text(json.dumps(self.result, indent=1))
+
+    def part(self, question: str, name: str) -> None:
+        """Answer one question about one layout, if it is a question about that layout."""
+        match question:
+            case "right":
+                self.keep(f"{name}: right", self.right, name)
+            case "penalised" if name != "stock":
+                self.keep(f"{name}: penalised", self.penalised, name)
+            case "requests" if name not in ("eager", "stock"):
+                self.keep(f"{name}: requests", self.requests, name)
+            case "fast":
+                for kind in ("plain", "drafting"):
+                    self.keep(f"{name}: fast, {kind}", self.fast, name, kind)
+            case "documents" if self.args.documents:
+                self.keep(f"{name}: documents", self.documents, name)
+            case "sampled" if name in ("g1", "q1"):
+                for prompt in self.prompts[8:17:4]:
+                    self.keep(f"{name}: sampled at {len(prompt)} tokens", self.sampled, name, prompt)
+            case "along" if name in ("g1", "q1"):
+                for kind in ("plain", "drafting"):
+                    self.keep(f"{name}: sampled along answers, {kind}", self.along, name, kind)
+            case "control" if name in ("g1", "q1", "stock"):
+                self.keep(f"{name}: control", self.control, name)
+
+    def right(self, name: str) -> dict[str, Any]:
+        """Compare answers with speculation and without."""
+        return compare(self.answers(name, "plain"), self.answers(name, "drafting"))
+
+    def control(self, name: str) -> dict[str, Any]:
+        """Compare answers without speculation in different batches, to see the effect of bfloat16 alone."""
+        others = answer_all(self.decoder(name, "plain"), self.prompts, self.args.tokens, 16)
+        return compare(self.answers(name, "plain"), others)
+
+    def documents(self, name: str) -> dict[str, Any]:
+        """Compare answers to documents: the tokens accepted, and whether the answers part."""
+        told = json.loads(self.args.documents.read_text())
+        said = {kind: answer_all(one, told, 64, 16) for kind, one in self.both(name).items()}
+        return compare(said["plain"], said["drafting"])
+
+    def penalised(self, name: str) -> dict[str, Any]:
+        """Compare answers under penalties with those of a server without speculation and overlap scheduling."""
+        decoders = {"plain": self.decoder(f"{name}-in-turn", "plain"), "drafting": self.decoder(name, "drafting")}
+        return penalised(decoders, self.prompts[8:16], 48)
+
+    def requests(self, name: str) -> dict[str, Any]:
+        """Send requests of every kind to a server that speculates."""
+        return every_kind(self.decoder(name, "drafting").pair, self.prompts[12])
+
+    def fast(self, name: str, kind: str) -> list[dict[str, Any]]:
+        """Measure tokens a second, of short prompts."""
+        short = [ids[:64] for ids in self.prompts if len(ids) >= 64]
+        return speed(self.decoder(name, kind), short, self.args.tokens, self.args.batches)
+
+    def sampled(self, name: str, prompt: list[int]) -> dict[str, Any]:
+        """Compare samples at one prompt with speculation and without."""
+        return draws_at(prompt, self.both(name), self.args.draws, self.args.draw_s, self.draws)
+
+    def along(self, name: str, kind: str) -> dict[str, Any]:
+        """Compare samples along whole answers with the target's distribution."""
+        return along_answers(self.prompts[8:13:4], self.decoder(name, kind), self.args.tokens)
+
+    def print_summary(self) -> None:
+        """Print a line for each comparison of answers and each speed."""
+        for name, row in self.parts.items():
+            if "equal" in row:
+                print(
+                    f"{name:>20}: {row['equal']} equal, {row['ties']} ties, {row['different']} different of "
+                    f"{row['prompts']}; {row['accept_length'] or 0:.2f} tokens a step"
+                )
+            elif isinstance(row, list) and row:
+                rates = ", ".join(f"{one['batch']}: {one['tokens_per_second']:.0f}" for one in row)
+                print(f"{name:>20}: tokens/s at batch {rates}; {row[-1]['accept_length']} tokens a step")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
@@ -289,169 +443,17 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="questions, in this order")
     parser.add_argument("--limit-s", type=float, default=420, help="no part is begun after so many seconds")
     args = parser.parse_args()
-    speculation = ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(args.guesses))
-    chains = ("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(args.guesses + 1))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    made = Draws(args.draws_file)
-    seeds = itertools.count(SEED + 100 * made.runs)
-
-    def sampler() -> tuple[str, ...]:
-        """Return the flags of a new seed: servers of one seed could draw the same tokens."""
-        return (*GRAMMARS, "--random-seed", str(next(seeds)))
-
-    parts: dict[str, Any] = {}
-    result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
-        "gpus": GPUS,
-        "sglang": version("sglang"),
-        "torch": torch.__version__,
-        "model": args.model.name,
-        "guesses": args.guesses,
-        "parts": parts,
-    }
-    tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))
-    asked = prompts(tokenizer, args.prompts, args.longest)
-    short = [ids[:64] for ids in asked if len(ids) >= 64]
-
-    def keep(name: str, work: Callable[[], Any]) -> None:
-        """Run one part and write the file, which has the other parts even if this one fails."""
-        start = time.monotonic()
-        if start - began > args.limit_s:
-            parts[name] = {"skipped": f"after {start - began:.0f} s"}
-        else:
-            try:
-                parts[name] = work()
-            except Exception as error:
-                parts[name] = {"failed": f"{type(error).__name__}: {error}"[:1500]}
-                traceback.print_exc()
-        seconds = time.monotonic() - start
-        print(
-            f"== {name} ({seconds:.0f} s, {time.monotonic() - began:.0f} s in all)\n{json.dumps(parts[name])[:700]}",
-            flush=True,
-        )
-        args.out.write_text(json.dumps(result, indent=1))
-
     with TemporaryDirectory() as scratch:
-        logs = args.out.parent
-        stocks: dict[str, Engines] = {}
-        # Each kind has a separate prefill server: a pair in which only one server drafts is refused.
-        engines = {kind: Engines(str(args.model), logs / kind) for kind in ("drafting", "plain")}
+        run = Run(args, Path(scratch))
         try:
-            for one in engines.values():
-                one.log.mkdir(parents=True, exist_ok=True)
-            # The prompts' backend computes only prompts: SGLang's tables have no backend for the draft's guesses.
-            draft = ("--speculative-draft-attention-backend", "triton") if DEVICE == "cuda" else ()
-            engines["drafting"].start_prefill(*REQUESTS, *sampler(), *speculation, *draft)
-            engines["plain"].start_prefill(*REQUESTS, *sampler())
-            two = ("--tpla-groups", "2", *OURS, *(GRAPHS if GPUS > 1 else ()), "--tpla-artifact")
-            layouts: dict[str, tuple[int, tuple[str, ...]]] = {
-                "g1": (1, (*OURS, *GRAPHS)),
-                "q1": (1, (*OURS, *GRAPHS, "--tpla-rows", "sketched")),
-                "eager": (1, (*OURS, *EAGER)),
-                "g2": (2, (*two, str(args.artifact))),
-                "q2": (2, (*two, str(args.sketched_artifact))),
-            }
-            for name, needed in (("g2", args.artifact), ("q2", args.sketched_artifact)):
-                if needed is None:
-                    del layouts[name]
-            layouts = {name: layouts[name] for name in args.only if name in layouts}
-            for name, (ranks, flags) in layouts.items():
-                engines["drafting"].decode(name, ranks, *REQUESTS, *sampler(), *flags, *speculation)
-                engines["plain"].decode(name, ranks, *REQUESTS, *sampler(), *flags)
-                if "penalised" in args.parts:
-                    engines["plain"].decode(f"{name}-in-turn", ranks, *REQUESTS, *sampler(), *flags, *IN_TURN)
-            if "stock" in args.only and DEVICE == "cuda":
-                padded = pad_latent(args.model, Path(scratch) / "padded", STOCK_LATENT)
-                for kind, extra in (("drafting", (*speculation, *chains)), ("plain", ())):
-                    stocks[kind] = Engines(str(padded), logs / f"stock-{kind}")
-                    stocks[kind].log.mkdir(parents=True, exist_ok=True)
-                    start_stock(stocks[kind], *extra)
-            opened: dict[str, dict[str, Decoder]] = {}
-
-            def both(name: str) -> dict[str, Decoder]:
-                """Return the two servers of a layout once they answer."""
-                if name not in opened:
-                    source = stocks if name == "stock" else engines
-                    opened[name] = {kind: Decoder(one, name) for kind, one in source.items()}
-                    for decoder in opened[name].values():
-                        decoder.open()
-                return opened[name]
-
-            said: dict[tuple[str, str], list[dict[str, Any]]] = {}
-
-            def answers(name: str, kind: str) -> list[dict[str, Any]]:
-                """Return a server's answers to all prompts, each asked once."""
-                if (name, kind) not in said:
-                    said[name, kind] = answer_all(both(name)[kind], asked, args.tokens, 8)
-                return said[name, kind]
-
-            def right(name: str) -> dict[str, Any]:
-                """Compare answers with speculation and without."""
-                return compare(answers(name, "plain"), answers(name, "drafting"))
-
-            def control(name: str) -> dict[str, Any]:
-                """Compare answers without speculation in different batches, to see the effect of bfloat16 alone."""
-                return compare(answers(name, "plain"), answer_all(both(name)["plain"], asked, args.tokens, 16))
-
-            def documents(name: str) -> dict[str, Any]:
-                """Compare answers to documents: the tokens accepted, and whether the answers part."""
-                told = json.loads(args.documents.read_text())
-                said = {kind: answer_all(one, told, 64, 16) for kind, one in both(name).items()}
-                return compare(said["plain"], said["drafting"])
-
-            def part(question: str, name: str) -> None:
-                """Answer one question about one layout."""
-                if question == "right":
-                    keep(f"{name}: right", lambda: right(name))
-                elif question == "penalised" and name != "stock":
-                    in_turn = Decoder(engines["plain"], f"{name}-in-turn")
-                    in_turn.open()
-                    decoders = {"plain": in_turn, "drafting": both(name)["drafting"]}
-                    keep(f"{name}: penalised", lambda: penalised(decoders, asked[8:16], 48))
-                elif question == "requests" and name not in ("eager", "stock"):
-                    keep(f"{name}: requests", lambda: every_kind(both(name)["drafting"].pair, asked[12]))
-                elif question == "fast":
-                    for kind in ("plain", "drafting"):
-                        work = functools.partial(
-                            lambda kind: speed(both(name)[kind], short, args.tokens, args.batches), kind
-                        )
-                        keep(f"{name}: fast, {kind}", work)
-                elif question == "documents" and args.documents:
-                    keep(f"{name}: documents", lambda: documents(name))
-                elif question == "sampled" and name in ("g1", "q1"):
-                    for prompt in asked[8:17:4]:
-                        work = functools.partial(
-                            lambda prompt: draws_at(prompt, both(name), args.draws, args.draw_s, made), prompt
-                        )
-                        keep(f"{name}: sampled at {len(prompt)} tokens", work)
-                elif question == "along" and name in ("g1", "q1"):
-                    for kind in ("plain", "drafting"):
-                        work = functools.partial(
-                            lambda kind: along_answers(asked[8:13:4], both(name)[kind], args.tokens), kind
-                        )
-                        keep(f"{name}: sampled along answers, {kind}", work)
-                elif question == "control" and name in ("g1", "q1", "stock"):
-                    keep(f"{name}: control", lambda: control(name))
-
-            every = [name for name in args.only if name in layouts or (name == "stock" and stocks)]
+            served = run.start()
             for question in args.parts:
-                for name in every:
-                    part(question, name)
+                for name in served:
+                    run.part(question, name)
         finally:
-            for one in (*engines.values(), *stocks.values()):
-                one.stop()
-    args.out.write_text(json.dumps(result, indent=1))
-    for name, row in parts.items():
-        if "equal" in row:
-            print(
-                f"{name:>20}: {row['equal']} equal, {row['ties']} ties, {row['different']} different of "
-                f"{row['prompts']}; {row['accept_length'] or 0:.2f} tokens a step"
-            )
-        elif isinstance(row, list) and row:
-            rates = ", ".join(f"{one['batch']}: {one['tokens_per_second']:.0f}" for one in row)
-            print(f"{name:>20}: tokens/s at batch {rates}; {row[-1]['accept_length']} tokens a step")
+            run.stop()
+    run.print_summary()
 
 
 if __name__ == "__main__":

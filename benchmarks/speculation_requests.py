@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from tests.e2e.servers import Pair, idle, wait_idle
-from tests.e2e.traffic import Answer, Route
+from tests.e2e.servers import until_running, wait_idle
+from tests.e2e.traffic import Answer, Pair
 
 RANKS = 4  # number of likeliest tokens that are counted separately
 FEW = 20  # a cell of a chi-squared test with fewer draws is pooled with others
 PATTERN = "[0-9]{3}-[ab]{2}"
+AT_ONCE, TOKENS = 8, 40
 
 
 def chances(answers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -44,24 +45,22 @@ def chances(answers: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def draw(
-    ask: Callable[..., Any], prompt: list[int], tokens: int, draws: int, limit_s: float, at_once: int = 8
-) -> list[tuple[int, ...]]:
+def draw(ask: Callable[..., Any], prompt: list[int], tokens: int, draws: int, limit_s: float) -> list[tuple[int, ...]]:
     """Return the first ``tokens`` tokens of ``draws`` samples, or of as many as there is time for.
 
     Args:
-        ask: as `Decoder.ask`, called by ``at_once`` threads with rooms that are 100 apart.
+        ask: as `Decoder.ask`, called by several threads.
     """
     each, end = 25, time.monotonic() + limit_s
     params = {"max_new_tokens": tokens, "temperature": 1.0, "ignore_eos": True, "n": each}
 
-    def some(first: int) -> list[tuple[int, ...]]:
+    def some(_: int) -> list[tuple[int, ...]]:
         if time.monotonic() > end:
             return []
-        answers = ask(prompt, tokens, first * 100, sampling_params=params)
+        answers = ask(prompt, tokens, sampling_params=params)
         return [tuple(answer["output_ids"]) for answer in answers]
 
-    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
         return [row for rows in pool.map(some, range(-(-draws // each))) for row in rows]
 
 
@@ -116,19 +115,16 @@ def compare_draws(plain: list[tuple[int, ...]], drafted: list[tuple[int, ...]]) 
     }
 
 
-def every_kind(pair: Pair, prompt: list[int], tokens: int = 40) -> dict[str, Any]:
+def every_kind(pair: Pair, prompt: list[int]) -> dict[str, Any]:
     """Return whether requests that stop early, obey a grammar, stream, share a prefix or are dropped do so properly.
 
     Each is compared with the same server's whole answer, whose prompt is in prefill's cache by then.
     """
-    route, found = Route(pair.prefill, pair.bootstrap, pair.decode), {}
+    found: dict[str, Any] = {}
 
     def answer(**params: Any) -> Any:
-        pair.next_room += 10
-        sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True} | params
-        said = pair.generate(prompt, tokens, sampling_params=sampling)
-        pair.next_room += 10
-        return said
+        sampling = {"max_new_tokens": TOKENS, "temperature": 0, "ignore_eos": True} | params
+        return pair.generate(prompt, TOKENS, sampling_params=sampling)
 
     answer()
     first, whole = answer()
@@ -152,7 +148,7 @@ def every_kind(pair: Pair, prompt: list[int], tokens: int = 40) -> dict[str, Any
         return all(re.fullmatch(PATTERN, one) for one in said) or said  # type: ignore[return-value]
 
     def streamed() -> bool:
-        return list(route.ask(prompt, tokens, stream=True).tokens) == ids
+        return list(pair.ask(prompt, TOKENS, stream=True).tokens) == ids
 
     def prefix() -> bool:
         return first["meta_info"]["cached_tokens"] >= len(prompt) - 2
@@ -162,13 +158,12 @@ def every_kind(pair: Pair, prompt: list[int], tokens: int = 40) -> dict[str, Any
         return len(said) == 3 and all(one[:8] == ids[:8] for one in said)
 
     def given_up() -> bool:
-        route.leave(prompt, 500, after_s=20)
+        pair.leave(prompt, 500, after_s=20)
         wait_idle(pair.prefill, pair.decode)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            call: concurrent.futures.Future[Answer] = pool.submit(route.ask, prompt, 2000, rid="given up")
-            while not idle(pair.decode)["running_batch"]:
-                assert not call.done(), call.result()
-            route.abort("given up", pair.decode)
+            call: concurrent.futures.Future[Answer] = pool.submit(pair.ask, prompt, 2000, rid="given up")
+            until_running(pair.decode, call)
+            pair.abort("given up", pair.decode)
             dropped = '"type": "abort"' in call.result().failure
         wait_idle(pair.prefill, pair.decode)
         return dropped and answer()[1]["output_ids"] == ids

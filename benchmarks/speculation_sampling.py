@@ -24,22 +24,21 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.machine import header
 from benchmarks.speculation_requests import Draws, same_source
 from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.measure.decode_error import model_maps
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
-from tests.e2e.servers import Pair, launcher
-from tests.ports import free_ports
+from tests.e2e.prompts import encoded
+from tests.e2e.servers import launcher
+from tests.e2e.traffic import Pair
 from tests.speculating_model import artifact_for, fitted_layer, with_nextn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,16 +85,14 @@ def cells(drawn: torch.Tensor) -> Counter[int]:
 
 def deploy(model: Path, artifact: Path, seed: int, flags: Sequence[str], stack: contextlib.ExitStack) -> Pair:
     """Start a prefill server and a decode server of two groups; servers of one seed could draw alike."""
-    port, bootstrap, other = free_ports(3)
     common = (*flags, "--skip-server-warmup", "--max-running-requests", str(AT_ONCE), "--random-seed")
-    own = ("--disaggregation-bootstrap-port", str(bootstrap), *common, str(seed))
-    prefill = launcher("prefill", str(model), port, model.parent / f"prefill-{seed}.log", *own)
+    prefill = launcher("prefill", model, model.parent / f"prefill-{seed}.log", *common, str(seed))
     layout = ("--tp", "2", "--tpla-groups", "2", "--tpla-artifact", str(artifact), *common, str(seed + 1))
-    decode = launcher("decode", str(model), other, model.parent / f"decode-{seed}.log", *layout)
+    decode = launcher("decode", model, model.parent / f"decode-{seed}.log", *layout)
     for server in (prefill, decode):
         stack.callback(server.stop)
         server.start()
-    return Pair(prefill.wait(), bootstrap, decode.wait())
+    return Pair(prefill.wait(), decode.wait())
 
 
 def report(
@@ -134,7 +131,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     began = time.monotonic()
-    prompts = [Tokenizer.from_file(str(args.model / "tokenizer.json")).encode(text).ids for text in PROMPTS]
+    prompts = encoded(args.model, PROMPTS)
     kinds = {
         "with speculation": ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(args.guesses)),
         "without": (),
@@ -168,10 +165,7 @@ def main() -> None:
     reference = PlainModel(str(args.model))
     maps = model_maps(Artifact.load(str(args.artifact)), reference)
     result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": "cpu",
-        "sglang": version("sglang"),
-        "torch": torch.__version__,
+        **header("cpu"),
         "model": args.model.name,
         "draft": args.nextn.name if args.nextn else "a linear map",
         "groups": 2,

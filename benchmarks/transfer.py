@@ -405,11 +405,10 @@ def main() -> None:
         help="gigabits a second; the data channel and the raw socket are paced",
     )
     parser.add_argument("--memory-gib", type=float, default=1.1)
-    parser.add_argument("--engines", type=Path, default=ENGINES, help="folder that mooncake and NIXL lie in")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "transfer.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    sys.path.append(str(args.engines))
+    sys.path.append(str(ENGINES))
     by_layers: dict[int, list[int]] = {}
     for count in sorted(args.tokens):
         layers = max(1, min(LAYERS, memory_bytes(args.memory_gib) // (count * ROW_BYTES)))

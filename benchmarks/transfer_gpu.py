@@ -23,13 +23,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from machine import header
 from transfer import LATENT, LAYERS, ROPE, SETTINGS, Child, switch_checksums
 
 from sglang_tpla.transfer import workers as agents
@@ -209,10 +209,8 @@ def main() -> None:
     devices = [f"cuda:{index}" for index in range(gpus)] or ["cpu"]
     rows: list[dict[str, Any]] = []
     result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if gpus else "cpu",
+        **header(torch.cuda.get_device_name() if gpus else "cpu"),
         "gpus": gpus,
-        "torch": torch.__version__,
         "gigabytes_per_second_alone": ceilings(256 << 20) if gpus else {},
         "rows": rows,
     }

@@ -17,6 +17,7 @@ from sglang_tpla.artifact.model_identity import config_hash, weights_hash
 
 NANO = Path(__file__).parents[1] / "examples" / "nano-mla"
 LATENT, ROPE, NOPE, VALUE, VOCABULARY = 512, 64, 128, 128, 4096
+SHARED = 64  # columns of sketched rows that every group keeps
 SMALL = {"heads": 16, "hidden": 256, "query_latent": 128, "intermediate": 512}  # to try a benchmark on a CPU
 
 
@@ -93,40 +94,12 @@ def write_checkpoint(folder: Path, shape: Shape, only_identity: bool = False) ->
     save_file(tensors, folder / "model.safetensors")
 
 
-def write_artifact(path: Path, model: Path, groups: int) -> None:
-    """Write maps that cut the latent into ``groups`` runs of columns: transform ``identity``, without calibration."""
+def described(model: Path, groups: int, shared: int, width: int, sketch_bits: int = 0) -> ArtifactMeta:
+    """Return the description of maps for a checkpoint, without calibration; sketched rows have ``sketch_bits``."""
     config = json.loads((model / "config.json").read_text())
-    layers, width = config["num_hidden_layers"], LATENT // groups
-    columns = torch.eye(LATENT).split(width, dim=1)
-    meta = ArtifactMeta(
-        format_version=1,
-        model_name=model.name,
-        config_hash=config_hash(config),
-        weights_hash=weights_hash(model),
-        transform="identity",
-        groups=groups,
-        num_layers=layers,
-        latent_dim=LATENT,
-        rope_dim=ROPE,
-        shared_dims=(0,) * layers,
-        widths=(width,) * layers,
-        calibrated_tokens=0,
-        corpus="none",
-        corpus_hash="0" * 64,
-        seed=0,
-        created_by="benchmarks/v3_shaped.py",
-    )
-    build(meta, [[(z, z.T, z.T) for z in columns]] * layers).save(path)
-
-
-def write_sketched_artifact(path: Path, model: Path, groups: int, shared: int = 64, sketch_bits: int = 4) -> None:
-    """Write maps of sketched rows that share ``shared`` columns and deal out the others, without calibration."""
-    config = json.loads((model / "config.json").read_text())
-    layers, own = config["num_hidden_layers"], (LATENT - shared) // groups
-    columns = torch.eye(LATENT)
-    blocks = columns[:, shared:].split(own, dim=1)
-    meta = ArtifactMeta(
-        format_version=SKETCHED_VERSION,
+    layers = config["num_hidden_layers"]
+    return ArtifactMeta(
+        format_version=SKETCHED_VERSION if sketch_bits else 1,
         model_name=model.name,
         config_hash=config_hash(config),
         weights_hash=weights_hash(model),
@@ -136,19 +109,34 @@ def write_sketched_artifact(path: Path, model: Path, groups: int, shared: int = 
         latent_dim=LATENT,
         rope_dim=ROPE,
         shared_dims=(shared,) * layers,
-        widths=(shared + own,) * layers,
+        widths=(width,) * layers,
         calibrated_tokens=0,
         corpus="none",
         corpus_hash="0" * 64,
         seed=0,
         created_by="benchmarks/v3_shaped.py",
-        sketch_bits=(sketch_bits,) * layers,
+        sketch_bits=(sketch_bits,) * layers if sketch_bits else (),
     )
+
+
+def write_artifact(path: Path, model: Path, groups: int) -> None:
+    """Write maps that cut the latent into ``groups`` runs of columns: transform ``identity``, without calibration."""
+    meta = described(model, groups, 0, LATENT // groups)
+    columns = torch.eye(LATENT).split(LATENT // groups, dim=1)
+    build(meta, [[(z, z.T, z.T) for z in columns]] * meta.num_layers).save(path)
+
+
+def write_sketched_artifact(path: Path, model: Path, groups: int) -> None:
+    """Write maps of sketched rows that share 64 columns and deal out the others, without calibration."""
+    own = (LATENT - SHARED) // groups
+    meta = described(model, groups, SHARED, SHARED + own, 4)
+    columns = torch.eye(LATENT)
+    blocks = columns[:, SHARED:].split(own, dim=1)
     maps = []
     for group, block in enumerate(blocks):
-        z = torch.cat([columns[:, :shared], block], dim=1)
+        z = torch.cat([columns[:, :SHARED], block], dim=1)
         others = [other for index, other in enumerate(blocks) if index != group]
         b = z.T.clone()
-        b[:shared] /= groups
+        b[:SHARED] /= groups
         maps.append((z, torch.cat([z, *others], dim=1).T, b))
-    build(meta, [maps] * layers, [torch.cat(blocks, dim=1)] * layers).save(path)
+    build(meta, [maps] * meta.num_layers, [torch.cat(blocks, dim=1)] * meta.num_layers).save(path)

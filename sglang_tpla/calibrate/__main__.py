@@ -179,7 +179,7 @@ def make(arguments: argparse.Namespace) -> Artifact:
         bits = arguments.sketch_bits or 4, arguments.rope_bits or 16
         sketched_rows(spec.latent_dim, spec.rope_dim, groups, shared_dims, *bits)
 
-    def closed_form() -> Artifact:
+    def closed_form(statistics: Statistics) -> Artifact:
         if rows == "sketched":
             costs = pipeline.layer_costs(statistics, checkpoint)
             asked = arguments.sketch_bits, arguments.rope_bits, arguments.shared_dims
@@ -189,38 +189,10 @@ def make(arguments: argparse.Namespace) -> Artifact:
         shared = [shared_dims] * spec.layers
         return pipeline.closed_form(statistics, checkpoint, first, groups, shared, arguments.key_map)
 
-    if arguments.max_kl is not None and arguments.ranks is None:
-        raise TransformError("--max-kl chooses g among the divisors of --ranks: give --ranks T as well")
-    if arguments.ranks is not None and arguments.max_kl is None:
-        raise TransformError("--ranks is of --max-kl, which chooses g among its divisors: give both, or --groups")
-    if arguments.from_stats and arguments.max_kl is not None:
-        raise TransformError("--max-kl measures on text and needs the model: leave out --from-stats")
-    # A corpus need not be checked, because no text is an artifact or statistics.
-    outputs = [Output("--out", arguments.out, "an artifact", is_artifact)]
-    if arguments.save_stats is not None:
-        outputs.append(Output("--save-stats", arguments.save_stats, "statistics", is_statistics))
-    check_outputs(outputs, {"--from-stats": arguments.from_stats or ()}, arguments.model_path)
-    if arguments.from_stats and arguments.save_stats is not None:
-        raise TransformError("--save-stats keeps second moments of text; with --from-stats none is read: leave one out")
-    text_flags = {
-        "--corpus": arguments.corpus,
-        "--tokens": arguments.tokens,
-        "--held-out-tokens": arguments.held_out_tokens,
-    }
-    if arguments.from_stats and (asked := [flag for flag, value in text_flags.items() if value]):
-        raise TransformError(f"--from-stats has second moments, and no text is read: leave out {' and '.join(asked)}")
+    _check_together(arguments)
     wanted = None if arguments.max_kl is None else _wanted(arguments, rows, spec)
     if arguments.from_stats:
-        if transform == "learned" or arguments.refit_values:
-            raise TransformError(
-                "--from-stats has second moments only; learned maps and refits need the model and text: leave out "
-                "--from-stats, or take --transform shared"
-            )
-        # Drop duplicates: a file that two patterns name would count twice.
-        files = {os.path.realpath(path): path for path in arguments.from_stats}.values()
-        statistics = combine([Statistics.load(path) for path in files])
-        warn_of_gaps(statistics)
-        return closed_form()
+        return closed_form(_given_statistics(arguments))
     plan = TextPlan(
         corpus=tuple(arguments.corpus),
         seed=arguments.seed,
@@ -247,7 +219,7 @@ def make(arguments: argparse.Namespace) -> Artifact:
     if arguments.save_stats is not None:
         statistics.save(arguments.save_stats)
     warn_of_gaps(statistics)
-    artifact = closed_form() if wanted is None else choose(arguments, wanted, model, statistics, text, rows)
+    artifact = closed_form(statistics) if wanted is None else choose(arguments, wanted, model, statistics, text, rows)
     if transform == "learned" or arguments.refit_values:
         artifact = learn_model(
             model,
@@ -262,6 +234,44 @@ def make(arguments: argparse.Namespace) -> Artifact:
     if len(text.held_out):
         artifact = pipeline.with_report(artifact, model, text.held_out, plan.prompt_tokens, show_progress=show)
     return artifact
+
+
+def _check_together(arguments: argparse.Namespace) -> None:
+    """Refuse flags that do not go together, and files that must not or cannot be written."""
+    if arguments.max_kl is not None and arguments.ranks is None:
+        raise TransformError("--max-kl chooses g among the divisors of --ranks: give --ranks T as well")
+    if arguments.ranks is not None and arguments.max_kl is None:
+        raise TransformError("--ranks is of --max-kl, which chooses g among its divisors: give both, or --groups")
+    if arguments.from_stats and arguments.max_kl is not None:
+        raise TransformError("--max-kl measures on text and needs the model: leave out --from-stats")
+    # A corpus need not be checked, because no text is an artifact or statistics.
+    outputs = [Output("--out", arguments.out, "an artifact", is_artifact)]
+    if arguments.save_stats is not None:
+        outputs.append(Output("--save-stats", arguments.save_stats, "statistics", is_statistics))
+    check_outputs(outputs, {"--from-stats": arguments.from_stats or ()}, arguments.model_path)
+    if arguments.from_stats and arguments.save_stats is not None:
+        raise TransformError("--save-stats keeps second moments of text; with --from-stats none is read: leave one out")
+    text_flags = {
+        "--corpus": arguments.corpus,
+        "--tokens": arguments.tokens,
+        "--held-out-tokens": arguments.held_out_tokens,
+    }
+    if arguments.from_stats and (asked := [flag for flag, value in text_flags.items() if value]):
+        raise TransformError(f"--from-stats has second moments, and no text is read: leave out {' and '.join(asked)}")
+
+
+def _given_statistics(arguments: argparse.Namespace) -> Statistics:
+    """Return the second moments of the files that are given."""
+    if arguments.transform == "learned" or arguments.refit_values:
+        raise TransformError(
+            "--from-stats has second moments only; learned maps and refits need the model and text: leave out "
+            "--from-stats, or take --transform shared"
+        )
+    # Drop duplicates: a file that two patterns name would count twice.
+    files = {os.path.realpath(path): path for path in arguments.from_stats}.values()
+    statistics = combine([Statistics.load(path) for path in files])
+    warn_of_gaps(statistics)
+    return statistics
 
 
 def _work_folder(out: Path) -> Path:

@@ -55,27 +55,8 @@ class Corpus:
         Raises:
             CorpusError: a path does not exist, a named file is not text, or there is no text at all.
         """
-        given: set[Path] = set()
-        if not paths:
-            root = Path(sysconfig.get_paths()["stdlib"])
-            version = ".".join(map(str, sys.version_info[:3]))
-            name = f"python-{version}-stdlib"
-            files = [(p, p.relative_to(root)) for p in sorted(root.rglob("*.py"))]
-            files = [(p, r) for p, r in files if not _SKIPPED_FOLDERS.intersection(r.parts)]
-        else:
-            files = []
-            for path in map(Path, paths):
-                if not path.exists():
-                    raise CorpusError(f"expected a file or folder at --corpus {path}, found none")
-                if path.is_file():
-                    given.add(path)
-                    files.append((path, Path(path.name)))
-                else:
-                    inside = sorted(p for p in path.rglob("*") if p.is_file())
-                    files += [(p, Path(path.name) / p.relative_to(path)) for p in inside]
-            name = _utf8("+".join(Path(p).name or str(p) for p in paths))
-            files = _once(files)
-        documents = list(_read(files, given))
+        name, files = _named(paths) if paths else _standard_library()
+        documents = list(_read(files, {path for path in map(Path, paths) if path.is_file()}))
         if not documents:
             raise CorpusError(f"expected UTF-8 text files in {name}, found none; give other --corpus paths")
         if len(documents) < _FEW_FILES:
@@ -149,6 +130,28 @@ def load_tokenizer(model_path: str | Path) -> Tokenizer:
     except (OSError, ValueError) as error:
         raise CorpusError(f"expected a tokenizer in {model_path}, could not load one: {error}") from error
     return lambda text: list(slow.encode(text, add_special_tokens=False))
+
+
+def _standard_library() -> tuple[str, list[tuple[Path, Path]]]:
+    """Return a name for the source of Python's library, and its files with their names in it."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    version = ".".join(map(str, sys.version_info[:3]))
+    files = [(path, path.relative_to(root)) for path in sorted(root.rglob("*.py"))]
+    return f"python-{version}-stdlib", [one for one in files if not _SKIPPED_FOLDERS.intersection(one[1].parts)]
+
+
+def _named(paths: Sequence[str | Path]) -> tuple[str, list[tuple[Path, Path]]]:
+    """Return a name for some files and folders, and their files with a name for each."""
+    files = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise CorpusError(f"expected a file or folder at --corpus {path}, found none")
+        if path.is_file():
+            files.append((path, Path(path.name)))
+        else:
+            inside = sorted(p for p in path.rglob("*") if p.is_file())
+            files += [(p, Path(path.name) / p.relative_to(path)) for p in inside]
+    return _utf8("+".join(Path(p).name or str(p) for p in paths)), _once(files)
 
 
 def _utf8(name: str) -> str:

@@ -188,46 +188,53 @@ def combine(parts: Sequence[Statistics]) -> Statistics:
     """
     if not parts:
         raise StatisticsError("expected at least one statistics file, got none")
-    first = parts[0].meta
-    for part in parts[1:]:
-        if (part.meta.config_hash, part.meta.weights_hash) != (first.config_hash, first.weights_hash):
-            raise StatisticsError(
-                f"statistics of different models cannot be put together: {first.model_name} "
-                f"({first.weights_hash[:12]}) and {part.meta.model_name} ({part.meta.weights_hash[:12]})"
-            )
-        if len(part.layers) != len(parts[0].layers):
-            raise StatisticsError(
-                f"statistics of {len(parts[0].layers)} and of {len(part.layers)} layers cannot be put together"
-            )
     by_head: dict[int, Statistics] = {}
     for part in parts:
-        if part.meta.first_head in by_head:
-            counts = [len(one.layers[0].query_outer) for one in (by_head[part.meta.first_head], part)]
-            if counts[0] != counts[1]:
-                raise StatisticsError(
-                    f"statistics of {counts[0]} and of {counts[1]} heads from {part.meta.first_head} on cannot be put "
-                    "together; give files of servers with one tensor-parallel size"
-                )
-            for ours, theirs in zip(by_head[part.meta.first_head].layers, part.layers, strict=True):
-                ours.merge(theirs)
-        else:
-            by_head[part.meta.first_head] = part
+        _check_alike(parts[0], part)
+        same = by_head.setdefault(part.meta.first_head, part)
+        if same is not part:
+            _add(same, part)
     ordered = [by_head[head] for head in sorted(by_head)]
-    expected = 0
+    whole, expected = ordered[0], 0
     for part in ordered:
         if part.meta.first_head != expected:
             raise StatisticsError(
                 f"expected statistics of the heads from {expected} on, got those from {part.meta.first_head} on; give "
                 "the files of every tensor-parallel rank"
             )
-        expected += part.layers[0].query_outer.shape[0]
-    whole = ordered[0]
+        expected += len(part.layers[0].query_outer)
     for part in ordered[1:]:
         for ours, theirs in zip(whole.layers, part.layers, strict=True):
             # Scale to the same count, since only means over queries matter: ranks may have sampled different numbers.
             ratio = ours.query_count / max(theirs.query_count, 1)
             ours.query_outer = torch.cat([ours.query_outer, theirs.query_outer * ratio])
     return whole
+
+
+def _check_alike(first: Statistics, part: Statistics) -> None:
+    """Refuse statistics of different models or numbers of layers."""
+    ours, theirs = first.meta, part.meta
+    if (ours.config_hash, ours.weights_hash) != (theirs.config_hash, theirs.weights_hash):
+        raise StatisticsError(
+            f"statistics of different models cannot be put together: {ours.model_name} ({ours.weights_hash[:12]}) and "
+            f"{theirs.model_name} ({theirs.weights_hash[:12]})"
+        )
+    if len(first.layers) != len(part.layers):
+        raise StatisticsError(
+            f"statistics of {len(first.layers)} and of {len(part.layers)} layers cannot be put together"
+        )
+
+
+def _add(same: Statistics, part: Statistics) -> None:
+    """Add the moments of another server, of the same heads."""
+    counts = [len(one.layers[0].query_outer) for one in (same, part)]
+    if counts[0] != counts[1]:
+        raise StatisticsError(
+            f"statistics of {counts[0]} and of {counts[1]} heads from {part.meta.first_head} on cannot be put "
+            "together; give files of servers with one tensor-parallel size"
+        )
+    for ours, theirs in zip(same.layers, part.layers, strict=True):
+        ours.merge(theirs)
 
 
 def collect(

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.servers import Pair, Server, launcher, router, running, stock
-from tests.ports import free_ports
+from tests.e2e.servers import Server, launcher, router, running, stock
+from tests.e2e.traffic import Pair
 
 
 @dataclass
@@ -18,11 +17,10 @@ class Trio:
     prefill: Server
     decode: Server
     router: Server
-    bootstrap: int
 
-    @cached_property
+    @property
     def pair(self) -> Pair:
-        return Pair(self.prefill, self.bootstrap, self.decode)
+        return Pair(self.prefill, self.decode)
 
 
 @pytest.fixture(scope="session")
@@ -32,19 +30,17 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trio(nano_mla: str, nano_artifact: str, logs: Path) -> Iterator[Trio]:
-    ports = free_ports(4)
-    prefill = launcher("prefill", nano_mla, ports[0], logs / "prefill.log", "--disaggregation-bootstrap-port",
-                       str(ports[1]), "--chunked-prefill-size", "512")  # fmt: skip
-    decode = launcher("decode", nano_mla, ports[2], logs / "decode.log", "--tp", "2", "--tpla-groups", "2",
-                      "--tpla-artifact", nano_artifact)  # fmt: skip
-    front = router(ports[3], logs / "router.log", prefill.url, ports[1], decode.url)
+    prefill = launcher("prefill", nano_mla, logs / "prefill.log", "--chunked-prefill-size", "512")
+    layout = ("--tp", "2", "--tpla-groups", "2", "--tpla-artifact", nano_artifact)
+    decode = launcher("decode", nano_mla, logs / "decode.log", *layout)
+    front = router(logs / "router.log", prefill, decode)
     with running(prefill, decode), running(front):
-        yield Trio(prefill, decode, front, ports[1])
+        yield Trio(prefill, decode, front)
 
 
 @pytest.fixture(scope="session")
 def reference(nano_mla: str, logs: Path) -> Iterator[Server]:
     """Start stock SGLang: plain MLA, one process."""
-    server = stock(nano_mla, free_ports(1)[0], logs / "stock.log", "--chunked-prefill-size", "512")
+    server = stock(nano_mla, logs / "stock.log", "--chunked-prefill-size", "512")
     with running(server):
         yield server

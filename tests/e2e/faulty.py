@@ -23,9 +23,9 @@ import httpx
 import psutil
 
 from tests.e2e.prompts import source
-from tests.e2e.servers import START_S, Server, launcher, running, wait_idle
-from tests.e2e.traffic import Answer, Route
-from tests.ports import free_ports, neighbouring_ports
+from tests.e2e.servers import START_S, Server, counters, launcher, running, wait_idle
+from tests.e2e.traffic import Answer, Pair
+from tests.ports import neighbouring_ports
 from tests.wire.proxy import FaultProxy, Spoiler
 
 PEER_TIMEOUT_S = 10.0
@@ -90,12 +90,6 @@ def growth(before: Held, after: Held) -> list[str]:
     return found
 
 
-def counters(server: Server) -> dict[str, Any]:
-    """Return the counters of rank 0's agent."""
-    (agent,) = server.get("/server_info")["internal_states"][0]["tpla_transfer"]
-    return agent
-
-
 def series(server: Server) -> dict[str, dict[int, float]]:
     """Return the transfer agents' Prometheus series as scraped: by name, by rank."""
     found: dict[str, dict[int, float]] = {}
@@ -158,23 +152,22 @@ class Faulty:
         cls, model: str, artifact: str, logs: Path, *prefill_arguments: str, patience_s: float = START_S
     ) -> Iterator[Faulty]:
         """Start the servers, learn their answers on a good network, and end them."""
-        ports, listen, shown = free_ports(4), neighbouring_ports(4), neighbouring_ports(4)
-        prefill = launcher("prefill", model, ports[0], logs / "faulty-prefill.log", "--disaggregation-bootstrap-port",
-                           str(ports[1]), "--chunked-prefill-size", "128", "--tp", "2", *TRANSFER,
-                           "--tpla-listen-port", str(listen), "--tpla-advertise", f"127.0.0.1:{shown}",
+        listen, shown = neighbouring_ports(4), neighbouring_ports(4)
+        prefill = launcher("prefill", model, logs / "faulty-prefill.log", "--chunked-prefill-size", "128", "--tp", "2",
+                           *TRANSFER, "--tpla-listen-port", str(listen), "--tpla-advertise", f"127.0.0.1:{shown}",
                            *prefill_arguments)  # fmt: skip
         prefill.largest_file_bytes = 128 << 20  # less than a segment, so that everything goes through the proxies
         pool = ("--max-total-tokens", str(POOL_TOKENS))
-        decode = launcher("decode", model, ports[2], logs / "faulty-decode.log", "--tp", "2", "--tpla-groups", "2",
-                          "--tpla-artifact", artifact, *TRANSFER, *pool)  # fmt: skip
-        single = launcher("decode", model, ports[3], logs / "faulty-single.log", "--tpla-groups", "1", *TRANSFER, *pool)
+        two = ("--tp", "2", "--tpla-groups", "2", "--tpla-artifact", artifact)
+        decode = launcher("decode", model, logs / "faulty-decode.log", *two, *TRANSFER, *pool)
+        single = launcher("decode", model, logs / "faulty-single.log", "--tpla-groups", "1", *TRANSFER, *pool)
         single.name = "single"
         with contextlib.ExitStack() as stack:
             proxies = [
                 stack.enter_context(contextlib.closing(FaultProxy(listen + n, listen + n + 1, shown + n)))
                 for n in (0, 2)  # each rank's connections and data channels
             ]
-            door = stack.enter_context(contextlib.closing(FaultProxy(ports[1])))
+            door = stack.enter_context(contextlib.closing(FaultProxy(prefill.bootstrap)))
             faulty = cls(prefill, decode, single, proxies, door)
             stack.enter_context(running(*faulty.servers, timeout_s=patience_s))
             faulty.expected = {
@@ -189,16 +182,16 @@ class Faulty:
         return self.prefill, self.decode, self.single
 
     @property
-    def route(self) -> Route:
+    def route(self) -> Pair:
         """The way to the decode server with two ranks."""
-        return Route(self.prefill, self.door.port, self.decode)
+        return Pair(self.prefill, self.decode, self.door.port)
 
     @property
-    def side(self) -> Route:
+    def side(self) -> Pair:
         """The way to the decode server with one rank."""
-        return Route(self.prefill, self.door.port, self.single)
+        return Pair(self.prefill, self.single, self.door.port)
 
-    def ask_patiently(self, route: Route, prompt: Any) -> Answer:
+    def ask_patiently(self, route: Pair, prompt: Any) -> Answer:
         """Return the answer to a prompt that prefill has not cached; one request may fail where a connection broke."""
         deadline = time.monotonic() + 60
         while True:

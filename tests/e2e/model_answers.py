@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from sglang_tpla.reference_model.forward import LayerMaps, PlainModel
-from tests.e2e.servers import Pair
+from tests.e2e.traffic import Pair
 
 
 def said_and_due(

@@ -23,7 +23,11 @@ import tempfile
 import textwrap
 import threading
 import zipfile
+from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
+
+from tokenizers import Tokenizer
 
 MODULES: tuple[ModuleType, ...] = (
     argparse, ast, bisect, calendar, collections, csv, dataclasses, difflib, fractions, heapq, inspect, json.decoder,
@@ -48,3 +52,9 @@ def short_prompts(count: int, seed: int = 0) -> list[str]:
     """Return prompts of a line to some 300 tokens."""
     chooser = random.Random(seed)
     return [source(seed * 1000 + n, chooser.choice((12, 40, 90, 200, 400, 900))) for n in range(count)]
+
+
+def encoded(model: str | Path, texts: Iterable[str]) -> list[list[int]]:
+    """Return texts as token ids of a model."""
+    tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
+    return [tokenizer.encode(text).ids for text in texts]

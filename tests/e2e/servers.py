@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from tests.ports import free_ports
 ROOT = Path(__file__).resolve().parents[2]
 START_S = float(os.environ.get("TEST_START_S", "300"))  # raise it on a busy machine
 # Flags of every CPU server of these tests; float32 makes greedy answers reproducible.
-COMMON = ("--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--max-total-tokens", "20000")
+COMMON = ("--device", "cpu", "--dtype", "float32", "--max-total-tokens", "20000")
 
 
 class ServerFailed(AssertionError):
@@ -44,6 +44,7 @@ class Server:
         log: where stdout and stderr go.
         env: added to the environment.
         host: where it listens.
+        bootstrap: the port of a prefill server's bootstrap server.
         largest_file_bytes: the system refuses it larger files, those in memory included (EFBIG).
     """
 
@@ -53,6 +54,7 @@ class Server:
     log: Path
     env: dict[str, str] = field(default_factory=dict)
     host: str = "127.0.0.1"
+    bootstrap: int = 0
     largest_file_bytes: int = 0
     process: subprocess.Popen[bytes] | None = None
 
@@ -154,14 +156,20 @@ def request_body(prompt: str | list[int] | list[str], tokens: int, **extra: Any)
     }
 
 
-def launcher(role: str, model: str, port: int, log: Path, *args: str, host: str = "127.0.0.1") -> Server:
-    """Return a server of ours that is not started yet."""
-    common = (host if arg == "127.0.0.1" else arg for arg in COMMON)
-    command = ("-m", "sglang_tpla.launch", "--role", role, "--model-path", model, *common, "--port", str(port), *args)
-    return Server(role, command, port, log, host=host)
+def launcher(
+    role: str, model: str | Path, log: Path, *args: str, common: Sequence[str] = COMMON, host: str = "127.0.0.1"
+) -> Server:
+    """Return a server of ours that is not started yet, at free ports."""
+    port, bootstrap = free_ports(2)
+    own = ("--disaggregation-bootstrap-port", str(bootstrap)) if role == "prefill" else ()
+    command = (
+        "-m", "sglang_tpla.launch", "--role", role, "--model-path", str(model), *common, "--host", host,
+        "--port", str(port), *own, *args,
+    )  # fmt: skip
+    return Server(role, command, port, log, host=host, bootstrap=bootstrap)
 
 
-def stock(model: str, port: int, log: Path, *args: str) -> Server:
+def stock(model: str, log: Path, *args: str) -> Server:
     """Return stock SGLang on the CPU reference platform, with none of our hooks, the CPU's included."""
     env = {
         "SGLANG_PLATFORM": "sglang_tpla_cpu",
@@ -171,48 +179,19 @@ def stock(model: str, port: int, log: Path, *args: str) -> Server:
         "SGLANG_CPU_OMP_THREADS_BIND": "0",
         "SGLANG_NCCL_SO_PATH": "no-nccl-on-a-cpu",
     }
+    (port,) = free_ports(1)
     command = ("-m", "sglang.launch_server", "--model-path", model, *COMMON, "--port", str(port), *args)
     return Server("stock", command, port, log, env)
 
 
-def router(port: int, log: Path, prefill: str, bootstrap: int, decode: str, *args: str) -> Server:
+def router(log: Path, prefill: Server, decode: Server) -> Server:
     """Return the real sglang_router in front of one prefill and one decode server."""
+    port, prometheus = free_ports(2)
     command = (
         "-m", "sglang_tpla.launch", "--role", "router", "--host", "127.0.0.1", "--port", str(port),
-        "--prometheus-port", str(free_ports(1)[0]), "--prefill", prefill, str(bootstrap), "--decode", decode, *args,
+        "--prometheus-port", str(prometheus), "--prefill", prefill.url, str(prefill.bootstrap), "--decode", decode.url,
     )  # fmt: skip
     return Server("router", command, port, log)
-
-
-@dataclass
-class Pair:
-    """A prefill and a decode server, addressed as the router would address them."""
-
-    prefill: Server
-    bootstrap: int
-    decode: Server
-    next_room: int = 1000
-
-    def generate(self, prompt: Any, tokens: int, timeout_s: float = 240, **extra: Any) -> tuple[Any, Any]:
-        """Return the answers of prefill and decode to one request (or one batch) in its own room(s)."""
-        batch = len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 0
-        rooms = list(range(self.next_room, self.next_room + max(batch, 1)))
-        self.next_room += max(batch, 1)
-        body = request_body(prompt, tokens, **extra)
-        body |= {
-            "bootstrap_host": ["127.0.0.1"] * batch if batch else "127.0.0.1",
-            "bootstrap_port": [self.bootstrap] * batch if batch else self.bootstrap,
-            "bootstrap_room": rooms if batch else rooms[0],
-        }
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            first = pool.submit(self.prefill.post, "/generate", body, timeout_s)
-            second = pool.submit(self.decode.post, "/generate", body, timeout_s)
-            answers = first.result(), second.result()
-        for server, answer in zip((self.prefill, self.decode), answers, strict=True):
-            assert answer.status_code == 200, (
-                f"{server.name}: {answer.status_code} {answer.text[:400]}\n{server.tail()}"
-            )
-        return answers[0].json(), answers[1].json()
 
 
 def transfer_lines(server: Server) -> list[dict[str, Any]]:
@@ -221,12 +200,24 @@ def transfer_lines(server: Server) -> list[dict[str, Any]]:
     return [json.loads(line[line.index("transfer {") + len("transfer ") :]) for line in lines]
 
 
+def counters(server: Server) -> dict[str, Any]:
+    """Return the counters of rank 0's agent."""
+    (agent,) = server.get("/server_info")["internal_states"][0]["tpla_transfer"]
+    return agent
+
+
 def idle(server: Server) -> dict[str, Any]:
     """Return the resources that the server still holds, with the agent's rooms and staging."""
     state = server.get("/server_info")["internal_states"][0]
     (agent,) = state["tpla_transfer"]
     held = {k: v for k, v in state["tpla_scheduler"].items() if k != "cached_tokens"}
     return held | {"rooms": agent["rooms"], "staging": agent["staging_used_bytes"]}
+
+
+def until_running(decode: Server, call: concurrent.futures.Future[Any]) -> None:
+    """Wait until the server decodes a request; ``call`` asks for it and must not have ended."""
+    while not idle(decode)["running_batch"]:
+        assert not call.done(), call.result()
 
 
 def wait_idle(*servers: Server, timeout_s: float = 60) -> None:

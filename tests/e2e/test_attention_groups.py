@@ -14,9 +14,9 @@ import pytest
 from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.host import ledger
 from tests.e2e.prompts import short_prompts
-from tests.e2e.servers import Pair, Server, launcher, router, running, wait_idle
+from tests.e2e.servers import Server, launcher, router, running, wait_idle
 from tests.e2e.test_tpla_parity import assert_answers_follow_the_formula
-from tests.ports import free_ports
+from tests.e2e.traffic import Pair
 
 pytestmark = pytest.mark.skipif(
     ledger.host_version() == "0.5.17",
@@ -31,7 +31,7 @@ GROUPS = ("--attn-dp-size", "2") if ledger.host_version() == "0.5.23" else ("--d
 def decode(nano_mla: str, nano_artifact: str, logs: Path) -> Iterator[Server]:
     """T = 4, two attention groups, g = 2: each rank keeps a slice of its attention group's requests."""
     server = launcher(
-        "decode", nano_mla, free_ports(1)[0], logs / "decode-attention-groups.log", "--tp", "4", *GROUPS,
+        "decode", nano_mla, logs / "decode-attention-groups.log", "--tp", "4", *GROUPS,
         "--tpla-groups", "2", "--tpla-artifact", nano_artifact,
     )  # fmt: skip
     with running(server):
@@ -44,7 +44,7 @@ def test_answers_follow_the_formula_in_both_attention_groups(
     """Rooms with even and odd numbers go to one group and the other."""
     states = decode.get("/server_info")["internal_states"]
     assert [(state["tpla"]["groups"], state["tpla"]["head_shards"]) for state in states] == [(2, 1), (2, 1)]
-    pair = Pair(trio.prefill, trio.bootstrap, decode, next_room=130_000)
+    pair = Pair(trio.prefill, decode)
     assert_answers_follow_the_formula(pair, Artifact.load(nano_artifact), nano_mla, prompts=4, new_tokens=TOKENS)
     served = [line for line in decode.log.read_text(errors="replace").splitlines() if " transfer {" in line]
     for rank in ("DP0 TP0", "DP0 TP1", "DP1 TP2", "DP1 TP3"):
@@ -54,7 +54,7 @@ def test_answers_follow_the_formula_in_both_attention_groups(
 
 def test_the_router_finds_the_group_of_each_request(trio: Any, decode: Server, logs: Path) -> None:
     """Concurrent requests through the router get the answers of the trio's decode server, which has one group."""
-    front = router(free_ports(1)[0], logs / "router-attention-groups.log", trio.prefill.url, trio.bootstrap, decode.url)
+    front = router(logs / "router-attention-groups.log", trio.prefill, decode)
     prompts = short_prompts(4, seed=9)
     with running(front), concurrent.futures.ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda prompt: front.generate(prompt, 6)["text"], prompts))
@@ -66,13 +66,10 @@ def test_a_prefill_server_of_two_attention_groups(
     decode: Server, nano_mla: str, nano_artifact: str, logs: Path
 ) -> None:
     """Requests of either prefill group reach either decode group, and each is sent by its own group's rank."""
-    ports = free_ports(2)
-    prefill = launcher(
-        "prefill", nano_mla, ports[0], logs / "prefill-attention-groups.log", "--tp", "2", *GROUPS,
-        "--disaggregation-bootstrap-port", str(ports[1]), "--chunked-prefill-size", "512",
-    )  # fmt: skip
+    flags = ("--tp", "2", *GROUPS, "--chunked-prefill-size", "512")
+    prefill = launcher("prefill", nano_mla, logs / "prefill-attention-groups.log", *flags)
     with running(prefill):
-        pair = Pair(prefill, ports[1], decode, next_room=140_000)
+        pair = Pair(prefill, decode)
         assert_answers_follow_the_formula(pair, Artifact.load(nano_artifact), nano_mla, prompts=4, new_tokens=TOKENS)
         served = [line for line in prefill.log.read_text(errors="replace").splitlines() if " transfer {" in line]
         for rank in ("DP0 TP0", "DP1 TP1"):

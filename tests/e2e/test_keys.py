@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from sglang_tpla.transfer import keys
-from tests.e2e.servers import Server, launcher, request_body, router, running, wait_idle
-from tests.ports import free_ports
+from tests.e2e.servers import Server, counters, launcher, router, running, wait_idle
+from tests.e2e.traffic import Pair
 
 TOKENS = 8
 PROMPT = "def fibonacci(n):\n"
@@ -36,26 +36,23 @@ class Deployment:
     decode: Server
     stranger: Server
     router: Server
-    address: str
-    bootstrap: int
 
 
 @pytest.fixture(scope="module")
 def keyed(nano_mla: str, logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    address, ports = own_address(), free_ports(5)
     folders = [tmp_path_factory.mktemp("keys") for _ in range(2)]
     for folder in folders:
         keys.main([str(folder)])
-    prefill = launcher("prefill", nano_mla, ports[0], logs / "keyed-prefill.log", "--disaggregation-bootstrap-port",
-                       str(ports[1]), "--tpla-keys", str(folders[0]), host=address)  # fmt: skip
+    log = logs / "keyed-prefill.log"
+    prefill = launcher("prefill", nano_mla, log, "--tpla-keys", str(folders[0]), host=own_address())
     prefill.largest_file_bytes = 128 << 20  # less than a segment: all rows go through the data channel
     decode, stranger = (
-        launcher("decode", nano_mla, port, logs / f"{name}.log", "--tpla-keys", str(folder))
-        for name, port, folder in zip(("keyed-decode", "stranger"), ports[2:4], folders, strict=True)
+        launcher("decode", nano_mla, logs / f"{name}.log", "--tpla-keys", str(folder))
+        for name, folder in zip(("keyed-decode", "stranger"), folders, strict=True)
     )
-    front = router(ports[4], logs / "keyed-router.log", prefill.url, ports[1], decode.url)
+    front = router(logs / "keyed-router.log", prefill, decode)
     with running(prefill, decode, stranger), running(front):
-        yield Deployment(prefill, decode, stranger, front, address, ports[1])
+        yield Deployment(prefill, decode, stranger, front)
 
 
 @pytest.mark.slow
@@ -63,7 +60,7 @@ def test_answers_come_through_sealed_channels(keyed: Deployment, reference: Serv
     answer = keyed.router.generate(PROMPT, TOKENS)
     assert answer["output_ids"] == reference.generate(PROMPT, TOKENS)["output_ids"]
     for server in (keyed.prefill, keyed.decode):
-        (agent,) = server.get("/server_info")["internal_states"][0]["tpla_transfer"]
+        agent = counters(server)
         assert agent["data_channels"] == agent["sealed_channels"] == 1
         assert agent["wire_bytes"] > 0 and agent["shared_memory_bytes"] == 0
 
@@ -71,13 +68,12 @@ def test_answers_come_through_sealed_channels(keyed: Deployment, reference: Serv
 @pytest.mark.slow
 def test_a_decode_server_with_other_keys_is_refused(keyed: Deployment) -> None:
     """The stranger's request ends with a reason on both sides; the other servers go on."""
-    body = request_body(PROMPT, TOKENS)
-    body |= {"bootstrap_host": keyed.address, "bootstrap_port": keyed.bootstrap, "bootstrap_room": 77}
+    body = Pair(keyed.prefill, keyed.stranger).body(PROMPT, TOKENS)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         prefill, decode = pool.map(lambda server: server.post("/generate", body), (keyed.prefill, keyed.stranger))
     assert decode.status_code >= 500 and "key" in decode.text, decode.text
     assert "no decode rank has asked for this room" in prefill.text, prefill.text
-    (agent,) = keyed.prefill.get("/server_info")["internal_states"][0]["tpla_transfer"]
+    agent = counters(keyed.prefill)
     assert agent["refused"] >= 1 and agent["peers"] == 1
     assert keyed.router.generate(PROMPT, TOKENS)["output_ids"]
     wait_idle(keyed.prefill, keyed.decode, keyed.stranger)

@@ -17,8 +17,8 @@ from sglang_tpla.plan.model import find
 from sglang_tpla.reference_model.checkpoint import Checkpoint
 from sglang_tpla.reference_model.forward import PlainModel
 from tests.e2e.model_answers import said_and_due
-from tests.e2e.servers import Pair, launcher, running
-from tests.ports import free_ports
+from tests.e2e.servers import launcher, running
+from tests.e2e.traffic import Pair
 from tests.random_checkpoint import CONFIGS, WRAPPERS, random_checkpoint
 
 TOKENS = 8
@@ -53,19 +53,13 @@ def test_a_family_is_served(family: str, nano_mla: str, tmp_path: Path, monkeypa
     monkeypatch.setenv("SGLANG_TPLA_CPU_MEMORY_BYTES", str(3 << 30))
     assert find(str(folder)).latent_dim == 64
     artifact = whole_latents(folder, tmp_path / "whole.safetensors")
-    ports = free_ports(3)
-    prefill = launcher(
-        "prefill", str(folder), ports[0], tmp_path / "prefill.log", "--disaggregation-bootstrap-port", str(ports[1]),
-        "--tpla-statistics-folder", str(tmp_path / "statistics"), "--tpla-statistics-every-tokens", "8",
-        *wrapper,
-    )  # fmt: skip
-    decode = launcher(
-        "decode", str(folder), ports[2], tmp_path / "decode.log", "--tp", "2", "--tpla-groups", "2",
-        "--tpla-artifact", str(artifact), *wrapper,
-    )  # fmt: skip
+    statistics = ("--tpla-statistics-folder", str(tmp_path / "statistics"), "--tpla-statistics-every-tokens", "8")
+    prefill = launcher("prefill", folder, tmp_path / "prefill.log", *statistics, *wrapper)
+    layout = ("--tp", "2", "--tpla-groups", "2", "--tpla-artifact", str(artifact))
+    decode = launcher("decode", folder, tmp_path / "decode.log", *layout, *wrapper)
     model = PlainModel(str(folder))
     with running(prefill, decode):
-        pair = Pair(prefill, ports[1], decode)
+        pair = Pair(prefill, decode)
         for seed in range(3):
             ids = torch.randint(3, 4096, (20 + 7 * seed,), generator=torch.Generator().manual_seed(seed)).tolist()
             said, expected = said_and_due(pair, model, ids, TOKENS, None)

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.prompts import short_prompts, source
-from tests.e2e.servers import Pair, Server, launcher, running
-from tests.ports import free_ports
+from tests.e2e.servers import Server, launcher, running
+from tests.e2e.traffic import Pair
 
 PROMPTS, TOKENS = 32, 64
 LOGPROBS = {"return_logprob": True, "top_logprobs_num": 4, "logprob_start_len": -1}
@@ -31,13 +31,10 @@ def expected(reference: Server) -> list[dict[str, Any]]:
 def test_one_group_gives_stock_tokens_and_logprobs(
     trio: Any, expected: list[dict[str, Any]], nano_mla: str, logs: Path, ranks: int
 ) -> None:
-    port = free_ports(1)[0]
-    decode = launcher(
-        "decode", nano_mla, port, logs / f"decode-g1-t{ranks}.log", "--tp", str(ranks), "--tpla-groups", "1"
-    )
+    log = logs / f"decode-g1-t{ranks}.log"
+    decode = launcher("decode", nano_mla, log, "--tp", str(ranks), "--tpla-groups", "1")
     with running(decode):
-        pair = Pair(trio.prefill, trio.bootstrap, decode, next_room=10_000 * ranks)
-        _, answers = pair.generate(short_prompts(PROMPTS), TOKENS, **LOGPROBS)
+        _, answers = Pair(trio.prefill, decode).generate(short_prompts(PROMPTS), TOKENS, **LOGPROBS)
         tpla = decode.get("/server_info")["tpla"]
 
     assert tpla["groups"] == 1 and tpla["head_shards"] == ranks and set(tpla["widths"]) == {128}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.servers import Pair, idle, launcher, running, wait_idle
-from tests.ports import free_ports
+from tests.e2e.servers import idle, launcher, running, wait_idle
+from tests.e2e.traffic import Pair
 
 PROMPT = [7 * i % 900 + 5 for i in range(300)]
 TOKENS, CACHE = 500, 1200  # the prompt and twice the answer exceed the cache
@@ -16,13 +16,11 @@ TOKENS, CACHE = 500, 1200  # the prompt and twice the answer exceed the cache
 
 @pytest.fixture(scope="module")
 def pair(nano_mla: str, logs: Path) -> Iterator[Pair]:
-    port, bootstrap, other = free_ports(3)
-    room = ("--disaggregation-bootstrap-port", str(bootstrap))
-    prefill = launcher("prefill", nano_mla, port, logs / "pause-prefill.log", *room)
+    prefill = launcher("prefill", nano_mla, logs / "pause-prefill.log")
     size = ("--max-total-tokens", str(CACHE), "--num-reserved-decode-tokens", "100")
-    decode = launcher("decode", nano_mla, other, logs / "pause-decode.log", *size)
+    decode = launcher("decode", nano_mla, logs / "pause-decode.log", *size)
     with running(prefill, decode):
-        yield Pair(prefill, bootstrap, decode)
+        yield Pair(prefill, decode)
 
 
 def pause(pair: Pair, used_tokens: int) -> None:

@@ -26,11 +26,6 @@ COMPLETION = {"model": "m", "prompt": PROMPT, "max_tokens": TOKENS, "temperature
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 16, "temperature": 0}
 DEADLINE_S = 60.0  # half of the transfers' deadline: a request that waits for that one hangs
 EXAMPLES = int(os.environ.get("TEST_ODD_REQUESTS", "50"))
-rooms = itertools.count(700_000_000, 1000)
-
-
-def place(trio: Any, **changes: Any) -> dict[str, Any]:
-    return {"bootstrap_host": "127.0.0.1", "bootstrap_port": trio.bootstrap, "bootstrap_room": next(rooms)} | changes
 
 
 def ask_both(trio: Any, path: str, body: dict[str, Any]) -> list[httpx.Response]:
@@ -113,7 +108,7 @@ def test_parallel_samples_are_served(trio: Any) -> None:
 
 def test_samples_of_a_direct_request_come_to_the_same_rooms(trio: Any) -> None:
     expected = plain(trio)
-    body = request_body([PROMPT, PROMPT], TOKENS) | place(trio)
+    body = request_body([PROMPT, PROMPT], TOKENS) | trio.pair.place()
     body["sampling_params"] |= {"n": 3}
     answers = ask_both(trio, "/generate", body)
     assert [a.status_code for a in answers] == [200, 200], [a.text[:300] for a in answers]
@@ -207,7 +202,7 @@ def test_a_grammar_that_has_no_way_on_ends_its_request_alone(trio: Any, temperat
     ],
 )
 def test_where_a_request_goes_is_checked_on_both_servers(trio: Any, changes: dict[str, Any], said: str) -> None:
-    answers = ask_both(trio, "/generate", request_body(PROMPT, 2) | place(trio) | changes)
+    answers = ask_both(trio, "/generate", trio.pair.body(PROMPT, 2) | changes)
     assert [a.status_code for a in answers] == [400, 400], [a.text[:300] for a in answers]
     assert all(said in a.text for a in answers), [a.text[:300] for a in answers]
 
@@ -222,7 +217,7 @@ def test_where_a_request_goes_is_checked_on_both_servers(trio: Any, changes: dic
     ids=repr,
 )  # fmt: skip
 def test_a_chat_that_cannot_be_read(trio: Any, changes: dict[str, Any]) -> None:
-    answers = ask_both(trio, "/v1/chat/completions", CHAT | place(trio) | changes)
+    answers = ask_both(trio, "/v1/chat/completions", CHAT | trio.pair.place() | changes)
     assert [a.status_code for a in answers] == [400, 400], [a.text[:300] for a in answers]
 
 
@@ -238,7 +233,7 @@ def test_a_chat_that_cannot_be_read(trio: Any, changes: dict[str, Any]) -> None:
     ids=repr,
 )
 def test_what_would_end_a_server_once_it_is_let_in(trio: Any, changes: dict[str, Any]) -> None:
-    body = {**({} if "input_ids" in changes else {"text": PROMPT}), **place(trio), **changes}
+    body = {**({} if "input_ids" in changes else {"text": PROMPT}), **trio.pair.place(), **changes}
     answers = ask_both(trio, "/generate", body)
     assert [a.status_code for a in answers] == [400, 400], [a.text[:300] for a in answers]
     plain(trio)
@@ -246,7 +241,7 @@ def test_what_would_end_a_server_once_it_is_let_in(trio: Any, changes: dict[str,
 
 def test_a_time_of_arrival_that_is_no_number(trio: Any) -> None:
     """This endpoint of SGLang checks no types."""
-    parameters = {"sampling_params": {"max_new_tokens": 2}, "received_time": "x", **place(trio)}
+    parameters = {"sampling_params": {"max_new_tokens": 2}, "received_time": "x", **trio.pair.place()}
     answers = ask_both(trio, "/vertex_generate", {"instances": [{"text": PROMPT}], "parameters": parameters})
     assert [a.status_code for a in answers] == [400, 400], [a.text[:300] for a in answers]
     plain(trio)
@@ -255,7 +250,7 @@ def test_a_time_of_arrival_that_is_no_number(trio: Any) -> None:
 def test_the_spelling_of_a_host_does_not_matter(trio: Any) -> None:
     expected = plain(trio)
     for host in ("LOCALHOST", "localhost.", "127.0.0.1"):
-        answers = ask_both(trio, "/generate", request_body(PROMPT, TOKENS) | place(trio, bootstrap_host=host))
+        answers = ask_both(trio, "/generate", trio.pair.body(PROMPT, TOKENS, bootstrap_host=host))
         assert answers[1].json()["output_ids"] == expected, answers[1].text[:300]
 
 
@@ -267,7 +262,7 @@ def test_a_room_with_two_prompts_is_never_answered_from_the_other_ones_cache(
     trio: Any, length: int, statuses: list[int], said: str
 ) -> None:
     """Two clients chose one room, or tokenizers differ: decode refuses, and so does prefill where lengths differ."""
-    body = place(trio)
+    body = trio.pair.place()
     prompts = [list(range(40, 60)), list(range(50, 50 + length))]
 
     def ask(server: Server, prompt: list[int]) -> httpx.Response:
@@ -293,7 +288,7 @@ def test_a_bootstrap_server_that_is_not_found_is_named_to_the_client(
 ) -> None:
     """Decode ranks find the reason at different times, and the rank that answers the client must know the reason."""
     for _ in range(3):
-        body = request_body(PROMPT, 2) | place(trio, **place_there)
+        body = trio.pair.body(PROMPT, 2) | place_there
         answer = client.post(trio.decode.url + "/generate", json=body, timeout=10)
         assert answer.status_code == 500
         assert said in answer.text
@@ -301,7 +296,7 @@ def test_a_bootstrap_server_that_is_not_found_is_named_to_the_client(
 
 def test_an_abort_takes_down_no_request_whose_id_begins_alike(trio: Any) -> None:
     def run(rid: str, tokens: int) -> httpx.Response:
-        return ask_both(trio, "/generate", request_body(PROMPT, tokens) | place(trio) | {"rid": rid})[1]
+        return ask_both(trio, "/generate", trio.pair.body(PROMPT, tokens, rid=rid))[1]
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         longer, named = pool.submit(run, "mine-2", 200), pool.submit(run, "mine", 4000)
@@ -314,7 +309,7 @@ def test_an_abort_takes_down_no_request_whose_id_begins_alike(trio: Any) -> None
 
 
 def check_odd(trio: Any, path: str, body: dict[str, Any]) -> None:
-    body = place(trio) | body
+    body = trio.pair.place() | body
     try:
         answers = ask_both(trio, path, body)
     except httpx.TimeoutException:

@@ -14,9 +14,9 @@ from sglang_tpla.calibrate.sketch_layout import usual_rows
 from sglang_tpla.measure.decode_error import model_maps
 from sglang_tpla.measure.text import TextPlan, collect_statistics, read_text
 from sglang_tpla.reference_model.forward import PlainModel
-from tests.e2e.servers import Pair, launcher, running
+from tests.e2e.servers import launcher, running
 from tests.e2e.test_sketched_rows import follow_the_model
-from tests.ports import free_ports
+from tests.e2e.traffic import Pair
 from tests.random_checkpoint import CONFIGS, draw_weights, save
 
 OTHER = os.environ.get("TEST_SKETCHED_MODEL")
@@ -43,19 +43,16 @@ def serve_and_compare(folder: Path, tmp_path: Path, groups: int, ranks: int) -> 
     """Check greedy answers of a prefill server and ``ranks`` decode ranks, token by token."""
     artifact = Artifact.load(sketched(folder, tmp_path / "sketched.safetensors", groups))
     model = PlainModel(str(folder))
-    ports = free_ports(3)
-    prefill = launcher(
-        "prefill", str(folder), ports[0], tmp_path / "prefill.log", "--disaggregation-bootstrap-port", str(ports[1])
-    )
+    prefill = launcher("prefill", folder, tmp_path / "prefill.log")
     decode = launcher(
-        "decode", str(folder), ports[2], tmp_path / "decode.log", "--tp", str(ranks), "--tpla-groups", str(groups),
+        "decode", folder, tmp_path / "decode.log", "--tp", str(ranks), "--tpla-groups", str(groups),
         "--tpla-artifact", str(tmp_path / "sketched.safetensors"),
     )  # fmt: skip
     with running(prefill, decode):
         tpla = decode.get("/server_info")["tpla"]
         rows = [artifact.meta.rows(layer) for layer in range(artifact.meta.num_layers)]
         assert tpla["cache_bytes_per_token_and_rank"] == sum(kind.row_bytes for kind in rows)
-        follow_the_model(Pair(prefill, ports[1], decode), model, model_maps(artifact, model))
+        follow_the_model(Pair(prefill, decode), model, model_maps(artifact, model))
 
 
 @pytest.mark.slow

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
 
 from tests.e2e.model_answers import agree, said
-from tests.e2e.prompts import short_prompts
-from tests.e2e.servers import Pair, Server, idle, launcher, transfer_lines, wait_idle
-from tests.e2e.traffic import Answer, Route
-from tests.ports import free_ports
+from tests.e2e.prompts import encoded, short_prompts
+from tests.e2e.servers import Server, launcher, transfer_lines, until_running, wait_idle
+from tests.e2e.traffic import Pair
 from tests.speculating_model import artifact_for, copied_layer, with_nextn
 
 TOKENS, LAYERS, LATENT, ROPE = 40, 4, 128, 32
@@ -30,11 +28,11 @@ COMMON = ("--skip-server-warmup", "--max-running-requests", "8")
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint with a NextN layer, and its prefill servers with their bootstrap ports."""
+    """A checkpoint with a NextN layer, and its prefill servers."""
 
     path: Path
     folder: Path
-    prefill: dict[str, tuple[Server, int]]
+    prefill: dict[str, Server]
 
 
 @dataclass(frozen=True)
@@ -45,11 +43,6 @@ class Servers:
     speculating: Pair
     plain: Pair
 
-    @property
-    def route(self) -> Route:
-        """The pair that speculates, for requests that may fail."""
-        return Route(self.speculating.prefill, self.speculating.bootstrap, self.speculating.decode)
-
 
 @pytest.fixture(scope="module")
 def model(nano_mla: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
@@ -58,11 +51,9 @@ def model(nano_mla: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[M
     with contextlib.ExitStack() as stack:
         prefill = {}
         for name, flags in FLAGS.items():
-            port, bootstrap = free_ports(2)
-            log, own = folder / f"{name}-prefill.log", ("--disaggregation-bootstrap-port", str(bootstrap))
-            server = launcher("prefill", str(path), port, log, *own, *COMMON, *flags)
+            server = launcher("prefill", path, folder / f"{name}-prefill.log", *COMMON, *flags)
             stack.callback(server.stop)
-            prefill[name] = server.start(), bootstrap
+            prefill[name] = server.start()
         yield Model(path, folder, prefill)
 
 
@@ -79,12 +70,12 @@ def servers(
     with contextlib.ExitStack() as stack:
         pairs = {}
         for name, flags in FLAGS.items():
-            (port,), log = free_ports(1), model.folder / f"{rows}-{name}-decode.log"
+            log = model.folder / f"{rows}-{name}-decode.log"
             other = {"EAGLE": "NEXTN"} if rows == "sketched" else {}  # two names of one algorithm
             named = (other.get(flag, flag) for flag in flags)
-            decode = launcher("decode", str(model.path), port, log, *layout, *COMMON, *named)
+            decode = launcher("decode", model.path, log, *layout, *COMMON, *named)
             stack.callback(decode.stop)
-            pairs[name] = Pair(*model.prefill[name], decode.start(), 1000 if rows == "plain" else 500_000)
+            pairs[name] = Pair(model.prefill[name], decode.start())
         for pair in pairs.values():
             pair.prefill.wait()
             pair.decode.wait()
@@ -96,16 +87,8 @@ plain_rows = pytest.mark.parametrize("servers", ["plain"], indirect=True)
 
 @pytest.fixture(scope="module")
 def prompts(nano_mla: str) -> list[list[int]]:
-    tokenizer = Tokenizer.from_file(f"{nano_mla}/tokenizer.json")
-    texts = short_prompts(4, seed=5)
-    # The draft guesses right where one token repeats over and over.
-    return [*(tokenizer.encode(text).ids for text in texts), tokenizer.encode("    pass\n").ids * 30]
-
-
-def until_running(decode: Server, call: concurrent.futures.Future[Answer]) -> None:
-    """Wait until the server decodes a request, which must not have ended."""
-    while not idle(decode)["running_batch"]:
-        assert not call.done(), call.result()
+    *prompts, line = encoded(nano_mla, [*short_prompts(4, seed=5), "    pass\n"])
+    return [*prompts, line * 30]  # the draft guesses right where one token repeats over and over
 
 
 def test_greedy_answers_are_those_without_speculation(servers: Servers, prompts: list[list[int]]) -> None:
@@ -139,9 +122,9 @@ def test_the_drafts_cache_is_whole_and_counted(servers: Servers, prompts: list[l
     assert (len(info["tpla"]["widths"]), info["tpla"]["rows"]) == (LAYERS, servers.rows)
     moved = []
     for pair in (servers.plain, servers.speculating):
-        room = pair.next_room
+        before = len(transfer_lines(pair.prefill))
         pair.generate(prompts[0], 1)
-        (line,) = [line for line in transfer_lines(pair.prefill) if line["room"] == room]
+        (line,) = transfer_lines(pair.prefill)[before:]
         moved.append(line["bytes"] / line["tokens"])
     assert moved[1] - moved[0] == (LATENT + ROPE) * 4
 
@@ -162,14 +145,14 @@ def test_sampling_streaming_and_aborts(servers: Servers, prompts: list[list[int]
         values = (one["meta_info"]["output_token_ids_logprobs"][1:] for one in (answer, right))
         apart = [abs(a[0] - b[0]) for places in zip(*values, strict=True) for a, b in zip(*places, strict=True)]
         assert len(apart) == 2 * (TOKENS - 1) and max(apart) < 1e-3, apart
-    streamed = servers.route.ask(prompts[0], TOKENS, stream=True)
+    streamed = servers.speculating.ask(prompts[0], TOKENS, stream=True)
     assert list(streamed.tokens) == [token for token, _ in said(right)]
-    servers.route.leave(prompts[1], 500, after_s=20)  # hangs up after a few tokens
+    servers.speculating.leave(prompts[1], 500, after_s=20)  # hangs up after a few tokens
     wait_idle(pair.prefill, pair.decode)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        call = pool.submit(servers.route.ask, prompts[1], 2000, rid="given up")
+        call = pool.submit(servers.speculating.ask, prompts[1], 2000, rid="given up")
         until_running(pair.decode, call)
-        servers.route.abort("given up", pair.decode)
+        servers.speculating.abort("given up", pair.decode)
         assert '"type": "abort"' in call.result().failure
     wait_idle(pair.prefill, pair.decode)
     assert pair.generate(prompts[0], TOKENS)[1]["output_ids"] == right["output_ids"]
@@ -189,10 +172,7 @@ def test_stops_grammars_prefixes_and_samples(servers: Servers, prompts: list[lis
             {"n": 3},
         ):
             params = {"max_new_tokens": TOKENS, "temperature": 0} | ends
-            answers = []
-            for other in (servers.plain, pair):
-                answers.append(other.generate(prompt, TOKENS, sampling_params=params)[1])
-                other.next_room += 10  # each sample has its own room
+            answers = [one.generate(prompt, TOKENS, sampling_params=params)[1] for one in (servers.plain, pair)]
             if "n" in ends:
                 answers = [[sample["output_ids"] for sample in answer] for answer in answers]
                 assert answers[0] == answers[1] == answers[1][:1] * 3
@@ -202,7 +182,7 @@ def test_stops_grammars_prefixes_and_samples(servers: Servers, prompts: list[lis
                 assert answer[known] == right[known]
             assert answer["meta_info"]["finish_reason"] == right["meta_info"]["finish_reason"]
             assert "regex" not in ends or re.fullmatch(ends["regex"], answer["text"]), answer
-    ignored = Route(pair.prefill, pair.bootstrap, pair.decode).body(prompts[0], 4, room=9500)
+    ignored = pair.body(prompts[0], 4)
     ignored["sampling_params"] |= {"temperature": 1.0, "min_p": 0.1}
     for server in (pair.prefill, pair.decode):  # SGLang would silently ignore min_p
         answer = server.post("/generate", ignored, 60)
@@ -240,9 +220,9 @@ def test_penalties_and_least_lengths_hold_for_every_token(servers: Servers, prom
 def test_half_a_pair_that_speculates_is_refused(servers: Servers, prompts: list[list[int]]) -> None:
     """If only one server has the draft, the request fails with the reason, whichever server that is."""
     pairs = servers.speculating, servers.plain
-    for number, (first, second) in enumerate((pairs, pairs[::-1])):
+    for first, second in (pairs, pairs[::-1]):
         seen = len(log_of(second.decode))
-        body = Route(first.prefill, first.bootstrap, second.decode).body(prompts[0], 4, room=9000 + number)
+        body = Pair(first.prefill, second.decode).body(prompts[0], 4)
         answer = second.decode.post("/generate", body, 60)
         assert answer.status_code != 200
         # The rank that answers may have heard of it from the other one.
@@ -256,7 +236,7 @@ def test_a_decode_server_that_was_killed(servers: Servers, prompts: list[list[in
     """The killed server's requests fail, prefill holds nothing of them, and a new server at that address is served."""
     pair = servers.speculating
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        call = pool.submit(servers.route.ask, prompts[1], 2000)
+        call = pool.submit(servers.speculating.ask, prompts[1], 2000)
         until_running(pair.decode, call)
         pair.decode.kill()
         assert call.result().failure
@@ -273,15 +253,15 @@ def test_requests_that_are_retracted(servers: Servers, model: Model, prompts: li
 
     SGLang keeps the rows of a retracted request on the host, but not the draft's rows, so later guesses are worse.
     """
-    (port,), log = free_ports(1), model.folder / "retracting-decode.log"
     same = servers.speculating
-    decode = launcher("decode", str(model.path), port, log)
-    decode.command = tuple(str(port) if part == str(same.decode.port) else part for part in same.decode.command)
+    decode = launcher("decode", model.path, model.folder / "retracting-decode.log")
+    own = str(decode.port)
+    decode.command = tuple(own if part == str(same.decode.port) else part for part in same.decode.command)
     decode.env |= {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
     told = {"return_logprob": True, "top_logprobs_num": 2}
     expected = [servers.plain.generate(prompt, TOKENS, **told)[1] for prompt in prompts]
     try:
-        pair = Pair(same.prefill, same.bootstrap, decode.start().wait(), next_room=800_000)
+        pair = Pair(same.prefill, decode.start().wait())
         answers = pair.generate(prompts, TOKENS, **told)[1]
         for answer, right in zip(answers, expected, strict=True):
             agree(answer, right, 1e-4)

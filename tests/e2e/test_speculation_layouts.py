@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
 
 from sglang_tpla.calibrate import __main__ as calibrate
 from tests.e2e.model_answers import agree, said
-from tests.e2e.prompts import short_prompts
-from tests.e2e.servers import Pair, Server, launcher, running, wait_idle
-from tests.ports import free_ports
+from tests.e2e.prompts import encoded, short_prompts
+from tests.e2e.servers import Server, launcher, running, wait_idle
+from tests.e2e.traffic import Pair
 from tests.random_checkpoint import random_checkpoint
 from tests.speculating_model import copied_layer, with_nextn
 
@@ -38,7 +37,8 @@ LAYOUTS: list[tuple[int, int, str, str, int]] = [
 
 
 def speculation(guesses: int) -> tuple[str, ...]:
-    return "--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(guesses)
+    """Return the flags for so many guesses a step; 0 means no speculation."""
+    return ("--speculative-algorithm", "EAGLE", "--speculative-num-steps", str(guesses)) if guesses else ()
 
 
 class Deployment:
@@ -47,35 +47,24 @@ class Deployment:
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder, self.model = folder, model
         self.stack = contextlib.ExitStack()
-        self._prefill: dict[int, tuple[Server, int]] = {}
-        self._rooms = 1000
+        self._prefill: dict[int, Server] = {}
 
-    def prefill(self, guesses: int) -> tuple[Server, int]:
+    def prefill(self, guesses: int) -> Server:
         """Return the prefill server with so many guesses; 0 means no speculation."""
         if guesses not in self._prefill:
-            port, bootstrap = free_ports(2)
-            own = (
-                "--disaggregation-bootstrap-port",
-                str(bootstrap),
-                *(speculation(guesses) if guesses else ()),
-            )
             log = self.folder / f"prefill-{guesses}.log"
-            server = launcher("prefill", str(self.model), port, log, *own, *COMMON)
+            server = launcher("prefill", self.model, log, *speculation(guesses), *COMMON)
             self.stack.enter_context(running(server))
-            self._prefill[guesses] = server, bootstrap
+            self._prefill[guesses] = server
         return self._prefill[guesses]
 
     def answers(self, asked: list[list[int]], guesses: int, *layout: str) -> list[dict[str, Any]]:
         """Return the answers of a decode server with a layout: one at a time, then all at once."""
-        prefill, bootstrap = self.prefill(guesses)
-        decode = launcher(
-            "decode", str(self.model), free_ports(1)[0], self.folder / "decode.log", *layout, *COMMON,
-            *(speculation(guesses) if guesses else ()),
-        )  # fmt: skip
+        prefill = self.prefill(guesses)
+        decode = launcher("decode", self.model, self.folder / "decode.log", *layout, *COMMON, *speculation(guesses))
         told = {"return_logprob": True, "top_logprobs_num": 2}
-        self._rooms += 1000
         with running(decode):
-            pair = Pair(prefill, bootstrap, decode, next_room=self._rooms)
+            pair = Pair(prefill, decode)
             alone = [pair.generate(ids, TOKENS, **told)[1] for ids in asked]
             together = pair.generate(asked, TOKENS, **told)[1]
             wait_idle(prefill, decode)
@@ -101,24 +90,13 @@ def glm(nano_mla: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dep
 
 @pytest.fixture(scope="module")
 def prompts(nano_mla: str) -> list[list[int]]:
-    tokenizer = Tokenizer.from_file(f"{nano_mla}/tokenizer.json")
-    texts = [*short_prompts(3, seed=9), "    pass\n" * 30]
-    return [tokenizer.encode(text).ids for text in texts]
+    return encoded(nano_mla, [*short_prompts(3, seed=9), "    pass\n" * 30])
 
 
 def artifact(model: Path, groups: int, rows: str) -> Path:
     """Make an artifact from a few tokens, because the quality of its maps does not matter here."""
     out = model.parent / f"g{groups}-{rows}.safetensors"
-    few = (
-        "--tokens",
-        "512",
-        "--held-out-tokens",
-        "64",
-        "--prompt-tokens",
-        "32",
-        "--continuation-tokens",
-        "32",
-    )
+    few = ("--tokens", "512", "--held-out-tokens", "64", "--prompt-tokens", "32", "--continuation-tokens", "32")
     made = ("--model-path", str(model), "--groups", str(groups), "--rows", rows, "--out", str(out), *few)
     assert calibrate.main([*made, "--quiet"]) == 0
     return out

@@ -9,15 +9,14 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from tokenizers import Tokenizer
 
 from sglang_tpla.artifact.artifact import Artifact, build
 from sglang_tpla.measure.decode_error import model_maps
 from sglang_tpla.reference_model.forward import PlainModel
 from tests.e2e.model_answers import said_and_due
-from tests.e2e.prompts import short_prompts
-from tests.e2e.servers import Pair, launcher, running
-from tests.ports import free_ports
+from tests.e2e.prompts import encoded, short_prompts
+from tests.e2e.servers import launcher, running
+from tests.e2e.traffic import Pair
 
 TOKENS = 32
 
@@ -52,10 +51,8 @@ def assert_answers_follow_the_formula(
     """
     model = PlainModel(model_path)
     maps = model_maps(artifact, model)
-    tokenizer = Tokenizer.from_file(f"{model.checkpoint.path}/tokenizer.json")
     differs = 0
-    for prompt in short_prompts(prompts, seed=3):
-        ids = tokenizer.encode(prompt).ids
+    for ids in encoded(model_path, short_prompts(prompts, seed=3)):
         said, expected, otherwise = said_and_due(pair, model, ids, new_tokens, maps, None)
         torch.testing.assert_close(said, expected, rtol=0, atol=2e-3)
         differs += int(((otherwise - expected).abs() > 1e-2).any())
@@ -73,12 +70,11 @@ def test_layers_of_different_width_head_shards_and_summed_heads(
     """The groups' head outputs are summed before ``o_proj``; the shared servers hold ``o_proj`` g times instead."""
     path = mixed_widths(nano_artifact, tmp_path)
     decode = launcher(
-        "decode", nano_mla, free_ports(1)[0], logs / "decode-mixed.log", "--tp", str(ranks),
+        "decode", nano_mla, logs / "decode-mixed.log", "--tp", str(ranks),
         "--tpla-groups", str(groups), "--tpla-artifact", str(path), "--tpla-o-proj", "scatter",
     )  # fmt: skip
     with running(decode):
         tpla = decode.get("/server_info")["tpla"]
         assert (tpla["head_shards"], tpla["widths"]) == (ranks // groups, [112, 96, 119, 128])
         assert tpla["cache_bytes_per_token_and_rank"] == 4 * sum(w + 32 for w in tpla["widths"])
-        pair = Pair(trio.prefill, trio.bootstrap, decode, next_room=70_000)
-        assert_answers_follow_the_formula(pair, Artifact.load(path), nano_mla)
+        assert_answers_follow_the_formula(Pair(trio.prefill, decode), Artifact.load(path), nano_mla)

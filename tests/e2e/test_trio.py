@@ -133,9 +133,7 @@ def test_one_line_a_transfer(trio: Any) -> None:
 
 def test_a_room_in_use_fails_one_request_only(trio: Any) -> None:
     """Two requests with one room number: the second ends with a clear error, the server goes on."""
-    pair = trio.pair
-    body = request_body("def f():\n", 4)
-    body |= {"bootstrap_host": "127.0.0.1", "bootstrap_port": pair.bootstrap, "bootstrap_room": 4242}
+    body = trio.pair.body("def f():\n", 4)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         calls = [pool.submit(s.post, "/generate", body, 120) for s in (trio.prefill, trio.decode) * 2]
         with contextlib.suppress(httpx.HTTPError):

@@ -16,7 +16,9 @@ import httpx
 from tests.e2e.servers import Server, request_body
 
 PATIENCE_S = 200.0  # longer than any deadline of the servers: a request that waits longer hangs
-rooms = itertools.count(200_000)
+# SGLang counts up from the room of a batch that names only one, so rooms are far apart. Two attention groups take even
+# and odd rooms, so the distance is odd.
+_rooms = itertools.count(1001, 1001)
 # Each request has its own connection, so that a server's death affects one request. The client is made once, because
 # its TLS context is costly.
 client = httpx.Client(limits=httpx.Limits(max_connections=None, max_keepalive_connections=0), timeout=PATIENCE_S)
@@ -48,21 +50,41 @@ def read(said: dict[str, Any], tokens: int) -> Answer:
 
 
 @dataclass(frozen=True)
-class Route:
-    """A prefill server, the port of its bootstrap server, and the decode server that answers."""
+class Pair:
+    """A prefill and a decode server, addressed as the router would address them; every request has its own room.
+
+    Args:
+        door: the port of a proxy before prefill's bootstrap server, or of another bootstrap server; 0 is prefill's own.
+    """
 
     prefill: Server
-    bootstrap: int
     decode: Server
+    door: int = 0
 
-    def body(self, prompt: Any, tokens: int, batch: int = 0, room: int | None = None, **extra: Any) -> dict[str, Any]:
-        """Return one request (or one batch of prompts) as the router would send it to both."""
-        place = {
-            "bootstrap_host": ["127.0.0.1"] * batch if batch else "127.0.0.1",
-            "bootstrap_port": [self.bootstrap] * batch if batch else self.bootstrap,
-            "bootstrap_room": [next(rooms) for _ in range(batch)] if batch else next(rooms) if room is None else room,
+    def place(self, batch: int = 0) -> dict[str, Any]:
+        """Return what the router adds to a request, or to a batch of so many prompts."""
+        host, port = self.prefill.host, self.door or self.prefill.bootstrap
+        return {
+            "bootstrap_host": [host] * batch if batch else host,
+            "bootstrap_port": [port] * batch if batch else port,
+            "bootstrap_room": [next(_rooms) for _ in range(batch)] if batch else next(_rooms),
         }
-        return request_body(prompt, tokens, return_logprob=True, **extra) | place
+
+    def body(self, prompt: Any, tokens: int, **extra: Any) -> dict[str, Any]:
+        """Return one request, or a batch of prompts, as the router would send it to both."""
+        batch = len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 0
+        return request_body(prompt, tokens) | self.place(batch) | extra
+
+    def generate(self, prompt: Any, tokens: int, timeout_s: float = 240, **extra: Any) -> tuple[Any, Any]:
+        """Return the answers of prefill and decode to one request or batch, and fail on any other status than 200."""
+        body = self.body(prompt, tokens, **extra)
+        with _both(self) as (pool, servers):
+            answers = [*pool.map(lambda server: server.post("/generate", body, timeout_s), servers)]
+        for server, answer in zip(servers, answers, strict=True):
+            assert answer.status_code == 200, (
+                f"{server.name}: {answer.status_code} {answer.text[:400]}\n{server.tail()}"
+            )
+        return answers[0].json(), answers[1].json()
 
     def ask(
         self,
@@ -73,7 +95,7 @@ class Route:
         **extra: Any,
     ) -> Answer:
         """Send one request to both and read the decode server's answer; ``keep`` is given its ``meta_info``."""
-        body = self.body(prompt, tokens, **({"stream": True} if stream else {}), **extra)
+        body = self.body(prompt, tokens, return_logprob=True, **({"stream": True} if stream else {}), **extra)
         send = _last_event if stream else _post
         status, said = self._said(send, body)
         if status != 200:
@@ -94,7 +116,7 @@ class Route:
 
     def ask_batch(self, prompts: Sequence[Any], tokens: int) -> list[Answer]:
         """Ask several prompts in one request."""
-        body = self.body(list(prompts), tokens, batch=len(prompts))
+        body = self.body(list(prompts), tokens, return_logprob=True)
         status, said = self._said(_post, body)
         if status != 200 or not isinstance(said, list):
             return [Answer(failure=f"{status} {json.dumps(said)[:2000]}")] * len(prompts)
@@ -114,9 +136,9 @@ class Route:
 
 
 @contextlib.contextmanager
-def _both(route: Route) -> Iterator[tuple[concurrent.futures.ThreadPoolExecutor, tuple[Server, Server]]]:
+def _both(pair: Pair) -> Iterator[tuple[concurrent.futures.ThreadPoolExecutor, tuple[Server, Server]]]:
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        yield pool, (route.prefill, route.decode)
+        yield pool, (pair.prefill, pair.decode)
 
 
 def _post(server: Server, body: dict[str, Any]) -> tuple[int, Any]:
@@ -167,7 +189,7 @@ class Load:
     """
 
     def __init__(
-        self, routes: Sequence[Route], prompts: Sequence[Any], expected: dict[str, list[Answer]], tokens: int
+        self, routes: Sequence[Pair], prompts: Sequence[Any], expected: dict[str, list[Answer]], tokens: int
     ) -> None:
         self._routes, self._prompts, self._expected, self._tokens = routes, prompts, expected, tokens
         self._stop = threading.Event()
@@ -188,7 +210,7 @@ class Load:
         assert not any(thread.is_alive() for thread in self._threads), "a request hangs"
         assert not self._wrong, self._wrong[:3]
 
-    def _send(self, route: Route) -> None:
+    def _send(self, route: Pair) -> None:
         name = route.decode.name
         for number in itertools.cycle(range(len(self._prompts))):
             if self._stop.is_set():

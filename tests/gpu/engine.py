@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from tests.e2e.servers import COMMON, ROOT, Pair, Server, ServerFailed, launcher, router
+from tests.e2e.servers import COMMON, ROOT, Server, ServerFailed, launcher, router
+from tests.e2e.traffic import Pair
 from tests.ports import free_ports
 
 # Without a GPU the servers run on the CPU platform, to try the tests themselves.
@@ -41,8 +42,8 @@ GLOO_ENV = {"ONE_GPU": "gloo", "SGLANG_NCCL_SO_PATH": "no-nccl-on-one-gpu"}
 # A dozen schedulers that spin while idle would leave no core for those that work.
 SERVER = ("--grammar-backend", "none", "--sampling-backend", "pytorch", "--skip-server-warmup", "--sleep-on-idle")
 CUDA = (
-    "--device", "cuda", "--dtype", "bfloat16", "--host", "127.0.0.1", "--max-total-tokens", "70000",
-    "--disable-custom-all-reduce", "--enforce-disable-flashinfer-allreduce-fusion",
+    "--device", "cuda", "--dtype", "bfloat16", "--max-total-tokens", "70000", "--disable-custom-all-reduce",
+    "--enforce-disable-flashinfer-allreduce-fusion",
 )  # fmt: skip
 if DEVICE == "cuda":
     SHARED_FLAGS = (*CUDA, *SERVER)
@@ -61,11 +62,11 @@ else:
 PROMPTS = (*PROMPT_ATTENTION, *NO_GRAPHS)
 
 
-def _ours(role: str, name: str, model: str, port: int, log: Path, *args: str) -> Server:
-    server = launcher(role, model, port, log / f"{name}.log")
-    flags = server.command[: server.command.index("--device")]
-    command = (*flags, *SHARED_FLAGS, "--port", str(port), *args)
-    return Server(name, command, port, log / f"{name}.log", dict(ENV))
+def _ours(role: str, name: str, model: str, log: Path, *args: str) -> Server:
+    server = launcher(role, model, log / f"{name}.log", *args, common=SHARED_FLAGS)
+    server.name = name
+    server.env |= ENV
+    return server
 
 
 @dataclass
@@ -84,19 +85,16 @@ class Engines:
     """A model's servers, by name.
 
     Args:
-        model: checkpoint folder. log: folder of the logs. first_gpu: earlier GPUs are not used.
+        model: checkpoint folder. log: folder of the logs.
     """
 
     model: str
     log: Path
-    first_gpu: int = 0
     stock: Server | None = None
     prefill: Server | None = None
-    bootstrap: int = 0
     decodes: dict[str, Decode] = field(default_factory=dict)
     routers: list[Server] = field(default_factory=list)
     _ready: set[str] = field(default_factory=set)
-    _rooms: int = 1000
 
     def start_stock(self, *extra: str) -> None:
         """Start SGLang with no plug-in."""
@@ -108,31 +106,29 @@ class Engines:
 
     def start_prefill(self, *extra: str, prompts: Sequence[str] = PROMPTS) -> None:
         """Start a prefill server; ``prompts`` are the flags for its prompt attention."""
-        port, self.bootstrap = free_ports(2)
-        flags = ("--disaggregation-bootstrap-port", str(self.bootstrap), *prompts, *self._place(1), *extra)
-        self.prefill = _ours("prefill", "prefill", self.model, port, self.log, *flags).start()
+        flags = (*prompts, *self._place(1), *extra)
+        self.prefill = _ours("prefill", "prefill", self.model, self.log, *flags).start()
 
     def decode(self, name: str, ranks: int, *args: str) -> None:
         """Start a decode server of ``ranks`` ranks."""
-        if DEVICE == "cuda" and ranks > max(1, GPUS - self.first_gpu):
+        if DEVICE == "cuda" and ranks > GPUS:
             self._decode_on_one_gpu(name, ranks, *args)
             return
-        (port,) = free_ports(1)
         flags = (*self._place(ranks), "--tp", str(ranks), *args)
-        self.decodes[name] = Decode([_ours("decode", name, self.model, port, self.log, *flags).start()])
+        self.decodes[name] = Decode([_ours("decode", name, self.model, self.log, *flags).start()])
 
     def _decode_on_one_gpu(self, name: str, ranks: int, *args: str) -> None:
         """Start the ranks as nodes, without CUDA graphs."""
-        *ports, meeting = free_ports(ranks + 1)
+        (meeting,) = free_ports(1)
         path = os.pathsep.join(filter(None, [ONE_GPU, os.environ.get("PYTHONPATH")]))
         servers = []
-        for rank, port in enumerate(ports):
+        for rank in range(ranks):
             nodes = (
                 "--tp", str(ranks), "--nnodes", str(ranks), "--node-rank", str(rank),
                 "--dist-init-addr", f"127.0.0.1:{meeting}",
             )  # fmt: skip
             flags = (*args, *nodes, *EAGER)
-            server = _ours("decode", f"{name}-{rank}", self.model, port, self.log, *flags)
+            server = _ours("decode", f"{name}-{rank}", self.model, self.log, *flags)
             server.env |= GLOO_ENV | {"PYTHONPATH": path}
             servers.append(server.start())
         self.decodes[name] = Decode(servers)
@@ -141,14 +137,12 @@ class Engines:
         """Return the flags for a server's GPUs: several ranks start at the first GPU, a single rank has the last."""
         if DEVICE == "cpu":
             return ()
-        return ("--base-gpu-id", str(self.first_gpu if ranks > 1 else max(self.first_gpu, GPUS - 1)))
+        return ("--base-gpu-id", str(0 if ranks > 1 else GPUS - 1))
 
     def start_router(self, name: str) -> Server:
         """Start a router in front of the running prefill server and a running decode server."""
         assert self.prefill is not None
-        (port,) = free_ports(1)
-        front = self.decodes[name].front
-        server = router(port, self.log / f"router-{name}.log", self.prefill.url, str(self.bootstrap), front.url)
+        server = router(self.log / f"router-{name}.log", self.prefill, self.decodes[name].front)
         self.routers.append(server.start())
         return server.wait(timeout_s=60)
 
@@ -168,8 +162,7 @@ class Engines:
         decode = self.decodes[name]
         assert self.prefill is not None
         self.wait(self.prefill, *decode.ranks)
-        self._rooms += 1000
-        return Pair(self.prefill, self.bootstrap, decode.front, next_room=self._rooms)
+        return Pair(self.prefill, decode.front)
 
     def servers(self) -> Sequence[Server]:
         front = [*self.routers, *(server for server in (self.stock, self.prefill) if server is not None)]

@@ -17,14 +17,13 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from tokenizers import Tokenizer
 
 from sglang_tpla.artifact.artifact import Artifact
 from sglang_tpla.artifact.model_identity import weights_hash
 from sglang_tpla.measure.decode_error import model_maps
 from sglang_tpla.reference_model.forward import PlainModel
 from tests.block_fp8 import RoundedInputs, convert, quantised_weights
-from tests.e2e.prompts import short_prompts, source
+from tests.e2e.prompts import encoded, short_prompts, source
 from tests.gpu.engine import ANY_WIDTH, DEVICE, GPUS, OUR_KERNEL, Engines
 
 pytestmark = pytest.mark.gpu
@@ -89,10 +88,9 @@ class Bench:
         self.twin = PlainModel(model, DTYPE, device=DEVICE)
         self.coded = "quantization_config" in self.twin.checkpoint.config
         self._rounded = RoundedInputs(quantised_weights(self.twin)) if self.coded else contextlib.nullcontext()
-        tokenizer = Tokenizer.from_file(f"{model}/tokenizer.json")
         long = [source(seed, characters) for seed, characters in ((5, 2500), (6, 4500), (7, 12000))]
-        texts = [*short_prompts(8, seed=3), *long]  # up to about 3,300 tokens, or 7 chunks
-        self.prompts = [tokenizer.encode(text).ids for text in texts]
+        # Up to about 3,300 tokens, or 7 chunks.
+        self.prompts = encoded(model, [*short_prompts(8, seed=3), *long])
         self.engines.start_stock(*CHUNKS)
         self.engines.start_prefill(*CHUNKS)
         attention = ANY_WIDTH if name == "nano" else OUR_KERNEL
@@ -286,14 +284,8 @@ def assert_usual(errors: torch.Tensor, usual: torch.Tensor) -> None:
 def test_many_at_once_answer_as_one_at_a_time(bench: Bench, layout: str) -> None:
     """Concurrent requests share batches, graphs and the transfer agents, and each still follows the reference."""
     pair = bench.engines.pair(layout)
-    rooms = [
-        type(pair)(pair.prefill, pair.bootstrap, pair.decode, next_room=pair.next_room + 1 + number)
-        for number in range(len(bench.prompts))
-    ]
-    with concurrent.futures.ThreadPoolExecutor(len(rooms)) as pool:
-        together = list(
-            pool.map(lambda room, prompt: room.generate(prompt, TOKENS, **LOGPROBS)[1], rooms, bench.prompts)
-        )
+    with concurrent.futures.ThreadPoolExecutor(len(bench.prompts)) as pool:
+        together = list(pool.map(lambda prompt: pair.generate(prompt, TOKENS, **LOGPROBS)[1], bench.prompts))
     assert_good(bench, layout, together)
 
 

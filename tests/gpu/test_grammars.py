@@ -5,7 +5,6 @@ the likeliest of the tokens that the grammar allows.
 """
 
 import concurrent.futures
-import itertools
 import json
 import os
 import re
@@ -19,8 +18,9 @@ import pytest
 import torch
 
 from sglang_tpla.reference_model.forward import PlainModel
-from tests.e2e.prompts import short_prompts
-from tests.e2e.servers import Pair, request_body
+from tests.e2e.prompts import encoded, short_prompts
+from tests.e2e.servers import request_body
+from tests.e2e.traffic import Pair
 from tests.gpu.engine import ANY_WIDTH, DEVICE, Engines
 
 pytestmark = pytest.mark.gpu
@@ -46,7 +46,6 @@ GRAMMARS: dict[str, dict[str, str]] = {
     "none": {},
 }
 BROKEN = ({"regex": "[0-9"}, {"ebnf": "root ::="}, {"json_schema": "{"}, {"ebnf": "root ::= root"})
-rooms = itertools.count(50_000)
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,7 @@ class Served:
 
     def ask(self, path: str, body: dict[str, Any]) -> list[httpx.Response]:
         """Return both servers' answers to a body, in a new room."""
-        body = body | {
-            "bootstrap_host": "127.0.0.1", "bootstrap_port": self.pair.bootstrap, "bootstrap_room": next(rooms)
-        }  # fmt: skip
+        body = body | self.pair.place()
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             servers = (self.pair.prefill, self.pair.decode)
             return list(pool.map(lambda server: server.post(path, body, DEADLINE_S), servers))
@@ -133,10 +130,7 @@ def served(nano_mla: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(scope="module")
 def prompts(nano_mla: str) -> list[list[int]]:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(Path(nano_mla) / "tokenizer.json"))
-    return [tokenizer.encode(text).ids for text in short_prompts(3, seed=9)]
+    return encoded(nano_mla, short_prompts(3, seed=9))
 
 
 def is_valid(kind: str, text: str) -> bool:

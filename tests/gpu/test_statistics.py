@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
 
 from sglang_tpla.measure.statistics import Statistics, collect
 from sglang_tpla.reference_model.forward import PlainModel
-from tests.e2e.prompts import short_prompts
+from tests.e2e.prompts import encoded, short_prompts
 from tests.gpu.engine import ANY_WIDTH, DEVICE, PROMPT_ATTENTION, Engines
 
 pytestmark = pytest.mark.gpu
@@ -19,8 +18,7 @@ BAR = 0.02 if DEVICE == "cuda" else 1e-4  # relative error of the sums; activati
 
 
 def test_statistics_are_those_of_the_prompts(nano_mla: str, tmp_path: Path) -> None:
-    tokenizer = Tokenizer.from_file(str(Path(nano_mla) / "tokenizer.json"))
-    prompts = [tokenizer.encode(text).ids for text in short_prompts(6, seed=4)]
+    prompts = encoded(nano_mla, short_prompts(6, seed=4))
     folder = tmp_path / "statistics"
     engines = Engines(nano_mla, tmp_path)
     try:

@@ -23,9 +23,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.faulty import TRANSFER, Faulty, Held, counters, growth, resources, series
-from tests.e2e.servers import ROOT, Server, launcher, wait_idle
-from tests.ports import free_ports
+from tests.e2e.faulty import TRANSFER, Faulty, Held, growth, resources, series
+from tests.e2e.servers import ROOT, counters, launcher, wait_idle
 from tests.soak.disturb import START_S, Site, all_faults
 from tests.soak.work import Case, Faults, Tally, Watch, Workers, quiet_answers
 
@@ -126,7 +125,7 @@ class Soak:
             now: Held = {}
             for server in self.site.servers:
                 # SGLang keeps the connection of its first question to a bootstrap server, one for each
-                now |= resources(server, (self.site.faulty.door.port, self.site.near_bootstrap))
+                now |= resources(server, (self.site.faulty.door.port, self.site.near.bootstrap))
             grown = growth(self.baseline, now)
             if not grown or time.monotonic() > deadline:
                 break
@@ -159,15 +158,6 @@ def errors_in(log: Path) -> list[str]:
     return [line[:300] for line in log.read_text(errors="replace").splitlines() if any(word in line for word in words)]
 
 
-def near_prefill(model: str, logs: Path) -> tuple[Server, int]:
-    """The prefill server without a proxy: shared memory with the decode servers."""
-    port, bootstrap = free_ports(2)
-    server = launcher("prefill", model, port, logs / "near-prefill.log", "--disaggregation-bootstrap-port",
-                      str(bootstrap), "--chunked-prefill-size", "512", *TRANSFER)  # fmt: skip
-    server.name = "near"
-    return server, bootstrap
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Command line; 1 where something was wrong."""
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
@@ -181,14 +171,16 @@ def main(arguments: list[str] | None = None) -> int:
     logs.mkdir(parents=True, exist_ok=True)
     model = str(ROOT / "examples" / "nano-mla")
     artifact = str(ROOT / "examples" / "artifacts" / "nano-mla-g2.safetensors")
-    near, bootstrap = near_prefill(model, logs)
+    # The prefill server without a proxy, which shares memory with the decode servers.
+    near = launcher("prefill", model, logs / "near-prefill.log", "--chunked-prefill-size", "512", *TRANSFER)
+    near.name = "near"
     say(f"starting four servers; logs in {logs}")
     with contextlib.ExitStack() as stack:
         stack.callback(near.stop)
         near.start()
         faulty = stack.enter_context(Faulty.start(model, artifact, logs, patience_s=START_S))
         near.wait(timeout_s=START_S)
-        site = Site(faulty, near, bootstrap)
+        site = Site(faulty, near)
         cases = quiet_answers([faulty.route, faulty.side], args.seed, say)
         soak = Soak(site, cases, args.seed, args.threads)
         start = time.monotonic()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tests.e2e.faulty import FAULTS, PEER_TIMEOUT_S, Faulty, stopped
 from tests.e2e.servers import Server
-from tests.e2e.traffic import Route
+from tests.e2e.traffic import Pair
 from tests.soak.work import Case, storm
 
 START_S = 1200.0  # on a machine that does other things as well
@@ -21,7 +21,6 @@ class Site:
 
     faulty: Faulty
     near: Server
-    near_bootstrap: int
 
     @property
     def servers(self) -> tuple[Server, ...]:
@@ -29,9 +28,9 @@ class Site:
         return (*self.faulty.servers, self.near)
 
     @property
-    def routes(self) -> list[Route]:
+    def routes(self) -> list[Pair]:
         """Each prefill server with each decode server."""
-        near = [Route(self.near, self.near_bootstrap, server) for server in (self.faulty.decode, self.faulty.single)]
+        near = [Pair(self.near, server) for server in (self.faulty.decode, self.faulty.single)]
         return [self.faulty.route, self.faulty.side, *near]
 
 

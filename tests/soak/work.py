@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.e2e.prompts import source
-from tests.e2e.traffic import Answer, Route
+from tests.e2e.traffic import Answer, Pair
 
 # Greedy tokens depend on the batch where two are as good as equal: prompts on whose way that happens are left out.
 CLEAR = 0.02  # in log-probability, between the best token and the next
@@ -41,7 +41,7 @@ def prompts(seed: int) -> list[tuple[Any, int]]:
     return [(text, chooser.choice(TOKENS)) for text in texts]
 
 
-def quiet_answers(routes: Sequence[Route], seed: int, say: Callable[[str], None]) -> list[Case]:
+def quiet_answers(routes: Sequence[Pair], seed: int, say: Callable[[str], None]) -> list[Case]:
     """Every candidate asked alone, of each decode server; those whose way is clear on all of them."""
     found, unclear = [], 0
     for prompt, tokens in prompts(seed):
@@ -58,7 +58,7 @@ def quiet_answers(routes: Sequence[Route], seed: int, say: Callable[[str], None]
     return found
 
 
-def _with_gaps(route: Route, prompt: Any, tokens: int) -> tuple[Answer, list[float]]:
+def _with_gaps(route: Pair, prompt: Any, tokens: int) -> tuple[Answer, list[float]]:
     """The answer, and how much better each token is than the next best."""
     tops: list[Any] = []
     answer = route.ask(prompt, tokens, top_logprobs_num=2, keep=tops.append)
@@ -149,7 +149,7 @@ class Workers:
     """Threads that send requests without rest, and pause when they are told to."""
 
     def __init__(
-        self, count: int, seed: int, routes: Sequence[Route], cases: Sequence[Case], faults: Faults, tally: Tally
+        self, count: int, seed: int, routes: Sequence[Pair], cases: Sequence[Case], faults: Faults, tally: Tally
     ) -> None:
         self._routes, self._cases, self._faults, self._tally = routes, cases, faults, tally
         self._run = threading.Event()
@@ -210,7 +210,7 @@ class Workers:
         for one, answer in zip(cases, answers, strict=True):
             self._judge(route, one, answer, start, kind)
 
-    def _judge(self, route: Route, case: Case, answer: Answer, start: float, kind: str) -> None:
+    def _judge(self, route: Pair, case: Case, answer: Answer, start: float, kind: str) -> None:
         expected = case.expected[route.decode.name]
         where = f"{kind} by {route.prefill.name} and {route.decode.name}, prompt of {len(case.prompt)}"
         if answer.failure:
@@ -233,7 +233,7 @@ def _gist(failure: str) -> str:
     return "".join("#" if c.isdigit() else c for c in words)[:90]
 
 
-def storm(route: Route, cases: Sequence[Case], count: int) -> None:
+def storm(route: Pair, cases: Sequence[Case], count: int) -> None:
     """Many requests at once, all of them given up within moments."""
     longest = sorted(cases, key=lambda case: len(case.prompt))[-count:]
     with concurrent.futures.ThreadPoolExecutor(count) as pool:

@@ -384,12 +384,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(more: list[str], environ: dict[st
     assert done.stderr.count("\n") == 1
 
 
-def test_an_unknown_role_is_exit_code_2() -> None:
-    done = launch("--role", "boss")
-    assert done.returncode == 2
-    assert "invalid choice: 'boss'" in done.stderr
-
-
 def test_nothing_is_compiled_while_a_request_waits() -> None:
     """With a CPU server's environment a process never calls the compiler; without that environment it does."""
     program = (

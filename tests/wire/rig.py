@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pytest
 import torch
 
 from sglang_tpla.cache_rows.layer_rows import GroupRows
@@ -19,6 +20,7 @@ from sglang_tpla.config import Settings
 from sglang_tpla.transfer.decode.agent import DecodeAgent
 from sglang_tpla.transfer.memory.pool import CachePool, MetadataRows
 from sglang_tpla.transfer.memory.projection import Projection
+from sglang_tpla.transfer.memory.rows import RowReader, RowWriter
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
 from sglang_tpla.transfer.room import RoomState
 from tests import sketched_reference
@@ -97,6 +99,13 @@ class DecodeRank:
 
 
 Rank = PrefillRank | DecodeRank
+
+
+def check_apart(patch: pytest.MonkeyPatch) -> None:
+    """Let checkers, not the threads that read and write rows, compute checksums, as on a GPU."""
+    read, write = RowReader.read, RowWriter.write
+    patch.setattr(RowReader, "read", lambda *given: lambda: read(*given)() and None)
+    patch.setattr(RowWriter, "write", lambda *given: write(*given) and b"")
 
 
 @contextlib.contextmanager
@@ -200,18 +209,14 @@ def decode_rank(
     page_size: int = PAGE,
     host: str | None = None,
     device: str = "cpu",
-    rows: RowFormat | None = None,
     **changes: float,
 ) -> DecodeRank:
-    """Make a decode rank with zeroed rows in the format of ``z``, or in ``rows``, or plain in ``dtype``."""
+    """Make a decode rank with zeroed rows in the format of ``z``, or plain in ``dtype``."""
     if z is None and ROWS == "sketched":
         z = sketched_projection(0)
-    widths = z.widths if z is not None else (LATENT,) * LAYERS
-    shared = z.shared if z is not None else widths
-    if z is not None and z.sketched is not None:
-        rows = z.sketched
-    if rows is None:
-        rows = RowFormat.plain(widths, shared, ROPE)
+    rows = RowFormat.plain((LATENT,) * LAYERS, (LATENT,) * LAYERS, ROPE)
+    if z is not None:
+        rows = z.sketched or RowFormat.plain(z.widths, z.shared, ROPE)
     dtype = rows.item_dtype(dtype)
     layers = [torch.zeros(PAGES * PAGE, layer.row_items, dtype=dtype, device=device) for layer in rows.layers]
     pool = CachePool(layers, LATENT, ROPE, page_size, encoding=rows)

@@ -1,7 +1,9 @@
 """Aborts, reused rooms and late requests: no write after an abort, and the next request is right."""
 
 import contextlib
+import os
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from sglang_tpla.transfer import workers
 from sglang_tpla.transfer.decode import receiver
-from sglang_tpla.transfer.memory import copy, rows
+from sglang_tpla.transfer.memory import copy
 from sglang_tpla.transfer.prefill import sender
 from sglang_tpla.transfer.room import OTHER_PROMPT, RoomState, TransferError
 from tests.wire import rig
@@ -43,9 +45,7 @@ def test_no_write_after_an_abort_with_several_threads(checkers: int, monkeypatch
     monkeypatch.setitem(workers.CHECKERS, "cpu", checkers)
     checked = []
     if checkers:
-        read, write = rows.RowReader.read, rows.RowWriter.write
-        monkeypatch.setattr(rows.RowReader, "read", lambda *given: lambda: read(*given)() and None)
-        monkeypatch.setattr(rows.RowWriter, "write", lambda *given: write(*given) and b"")
+        rig.check_apart(monkeypatch)
         for module in (sender, receiver):
             monkeypatch.setattr(module, "check_pieces", lambda it: checked.append(it) or copy.check_pieces(it))
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
@@ -153,7 +153,7 @@ def test_request_is_held_until_the_scheduler_opens_the_room(pair) -> None:
     prefill.agent.open_room(7)
     assert prefill.agent.poll(7) == RoomState.WAITING
     prefill.agent.send(7, rig.pages(2, 4), last=True, metadata_row=0)
-    assert rig.ended(decode.agent, 7) == RoomState.SUCCESS
+    rig.succeed(7, decode)
 
 
 def test_held_request_and_idle_room_expire() -> None:
@@ -201,9 +201,6 @@ def test_misuse_is_one_clear_error(pair) -> None:
 
 
 def test_closing_leaves_no_thread_socket_or_handle() -> None:
-    import os
-    import threading
-
     def handles() -> set[str]:
         found = set()
         for name in os.listdir("/proc/self/fd"):

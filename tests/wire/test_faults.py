@@ -84,10 +84,9 @@ def test_decode_rank_dies_or_stops_in_mid_transfer(
             transfer(prefill, decode, room)  # others are served meanwhile
             assert prefill.agent.stats().staging_used_bytes <= rig.SETTINGS.staging_bytes
         for room in rooms:
-            assert rig.ended(prefill.agent, room) == RoomState.FAILED
-            assert "decode rank 1 of 2" in prefill.agent.failure(room)
-            assert "was lost" in prefill.agent.failure(room)
-            prefill.agent.close_room(room)
+            rig.fail(room, "decode rank 1 of 2", prefill)
+            rig.fail(room, "was lost", prefill)
+            rig.close(room, prefill)
         rig.wait(lambda: prefill.agent.stats().staging_used_bytes == 0, "staging to be free")
         assert prefill.agent.stats().peers == 1
         if how is signal.SIGSTOP:
@@ -96,7 +95,7 @@ def test_decode_rank_dies_or_stops_in_mid_transfer(
             rig.wait(lambda: child.say("state 13") == "FAILED", "the stopped rank to learn of it")
             child.say("ask 99")
             prefill.agent.send(99, rig.pages(2, 60), last=True, metadata_row=0)
-            assert rig.ended(prefill.agent, 99) == RoomState.SUCCESS, prefill.agent.failure(99)
+            rig.succeed(99, prefill)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
@@ -113,20 +112,18 @@ def test_prefill_rank_dies_and_comes_back_on_the_same_address(how: signal.Signal
         child.say("send 5 part")
         rig.wait(lambda: decode.agent.metric(5).chunks > 0, "the first chunk")
         os.kill(child.process.pid, how)
-        assert rig.ended(decode.agent, 5) == RoomState.FAILED
-        assert f"prefill rank at 127.0.0.1:{child.port}" in decode.agent.failure(5)
+        rig.fail(5, f"prefill rank at 127.0.0.1:{child.port}", decode)
         rig.wait(lambda: lost == [("127.0.0.1", child.port)], "the callback")
         decode.agent.close_room(5)
         child.end()
         child = Child("prefill", child.port)
         stack.callback(child.end)
         decode.agent.open_room(7, [peer], born)  # its other half died with the earlier process
-        assert rig.ended(decode.agent, 7) == RoomState.FAILED
-        assert "started after this request came" in decode.agent.failure(7)
+        rig.fail(7, "started after this request came", decode)
         child.say("open 6")
         rig.ask(decode, [peer], 6, rig.pages(1, 60))
         child.say("send 6 last")
-        assert rig.ended(decode.agent, 6) == RoomState.SUCCESS, decode.agent.failure(6)
+        rig.succeed(6, decode)
         assert decode.agent.stats().staging_used_bytes == 0
 
 
@@ -244,9 +241,7 @@ def test_rows_that_could_not_be_prepared_travel_all_the_same(monkeypatch: pytest
 def test_an_error_while_checking_fails_the_room_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkers raise an error: prefill's in one room, decode's in the next."""
     monkeypatch.setitem(workers.CHECKERS, "cpu", 1)
-    read, write = rows.RowReader.read, rows.RowWriter.write
-    monkeypatch.setattr(rows.RowReader, "read", lambda *given: lambda: read(*given)() and None)
-    monkeypatch.setattr(rows.RowWriter, "write", lambda *given: write(*given) and b"")
+    rig.check_apart(monkeypatch)
     prefill, decode = rig.prefill_rank(), rig.decode_rank()
     with rig.serving(prefill, decode):
         for room, (module, broken) in enumerate([(sender, prefill), (receiver, decode)], 1):

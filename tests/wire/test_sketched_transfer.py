@@ -211,7 +211,7 @@ def test_a_drafts_layer_travels_whole_behind_rows_in_bytes(dtype: torch.dtype) -
         projection = Projection(matrices, rows.shared, sketched=rows)
         name = rows.name(torch.uint8)
         assert RowFormat.announced(name, rig.LATENT, rows.widths, rows.shared, rig.ROPE) == rows
-        ranks.append(rig.decode_rank(projection, rank=rank, size=2, rows=rows))
+        ranks.append(rig.decode_rank(projection, rank=rank, size=2))
     source, targets = rig.pages(50, 9), [rig.pages(rank, 9) for rank in range(2)]
     with rig.serving(prefill, *ranks):
         rig.begin([prefill], ranks, 1, source, targets, (4,))

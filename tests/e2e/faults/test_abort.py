@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.faulty import PROMPTS, SLOW, TOKENS, Faulty, counters, series, until_in_flight
+from tests.e2e.faulty import PROMPTS, SLOW, TOKENS, Faulty, series, until_in_flight
 from tests.e2e.prompts import source
-from tests.e2e.servers import transfer_lines, wait_idle
+from tests.e2e.servers import counters, transfer_lines, wait_idle
 from tests.e2e.traffic import Answer
 
 VICTIM = source(seed=90, characters=9_000)  # more than half of the decode server's pool
@@ -97,10 +97,10 @@ def test_room_reused_with_chunks_of_the_old_one_in_flight(faulty: Faulty, heir: 
     """A client repeats its request with the same room number right after an abort."""
     with faulty.network("throttle", bytes_per_s=SLOW), concurrent.futures.ThreadPoolExecutor(1) as pool:
         for number in range(times):
-            room, rid = 7_000_000 + 100 * times + number, f"reuse-{times}-{number}"
-            call = pool.submit(faulty.route.ask, VICTIM, TOKENS, rid=rid, room=room)
+            place, rid = faulty.route.place(), f"reuse-{times}-{number}"
+            call = pool.submit(faulty.route.ask, VICTIM, TOKENS, rid=rid, **place)
             until_in_flight(faulty.decode, call)
             faulty.route.abort(rid, faulty.prefill, faulty.decode)
             assert call.result().failure
-            answer = faulty.route.ask(HEIR, TOKENS, room=room)
+            answer = faulty.route.ask(HEIR, TOKENS, **place)
             assert answer.same_text(heir, NEARLY), answer

@@ -6,7 +6,8 @@ import time
 import pytest
 
 from sglang_tpla.transfer import messages
-from tests.e2e.faulty import FAULTS, PEER_TIMEOUT_S, PROMPTS, SLOW, TOKENS, Faulty, counters, until_in_flight
+from tests.e2e.faulty import FAULTS, PEER_TIMEOUT_S, PROMPTS, SLOW, TOKENS, Faulty, until_in_flight
+from tests.e2e.servers import counters
 from tests.wire.fakes import FakeDecode, hello
 from tests.wire.test_hostile import MALFORMED
 

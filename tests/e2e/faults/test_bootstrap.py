@@ -9,7 +9,7 @@ from urllib.parse import parse_qs, urlparse
 import pytest
 
 from tests.e2e.faulty import PROMPTS, TOKENS, Faulty
-from tests.e2e.traffic import Load, Route, client
+from tests.e2e.traffic import Load, Pair, client
 from tests.stub_server import answering
 
 SERVER = {
@@ -21,7 +21,7 @@ RANK = {"rank_ip": "127.0.0.1", "rank_port": 9}
 
 def ask_decode(faulty: Faulty, port: int) -> str:
     """Return why a request that names this bootstrap server fails on the decode server; prefill never hears of it."""
-    body = Route(faulty.prefill, port, faulty.decode).body(PROMPTS[0], TOKENS)
+    body = Pair(faulty.prefill, faulty.decode, port).body(PROMPTS[0], TOKENS)
     response = client.post(faulty.decode.url + "/generate", json=body)
     assert response.status_code != 200 or response.json()["meta_info"]["finish_reason"]["type"] == "abort"
     return response.text

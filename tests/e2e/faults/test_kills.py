@@ -7,21 +7,14 @@ from pathlib import Path
 
 import torch
 
-from tests.e2e.faulty import PROMPTS, SLOW, TOKENS, Faulty, counters, stopped, until_in_flight
-from tests.e2e.prompts import source
-from tests.e2e.servers import Server, idle, wait_idle
+from tests.e2e.faulty import PROMPTS, SLOW, TOKENS, Faulty, stopped, until_in_flight
+from tests.e2e.prompts import encoded, source
+from tests.e2e.servers import counters, until_running, wait_idle
 from tests.e2e.traffic import Answer, Load
 
 # Prompts of some 1,500 tokens: many chunks, no common prefix.
 LONG = [source(seed=9 + n, characters=5_000) for n in range(2)]
 FAIL_WITHIN_S = 100.0
-
-
-def until_running(server: Server) -> None:
-    """Wait until the server decodes a request."""
-    deadline = time.monotonic() + 120
-    while not idle(server)["running_batch"]:
-        assert time.monotonic() < deadline, idle(server)
 
 
 def until_answered(load: Load, requests: int) -> None:
@@ -52,7 +45,7 @@ def test_decode_killed_at_every_stage_under_load(faulty: Faulty) -> None:
         Load([faulty.side], PROMPTS, faulty.expected, TOKENS) as load,
     ):
         calls = [pool.submit(route.ask, PROMPTS[0], 1500, stream=True)]
-        until_running(faulty.decode)
+        until_running(faulty.decode, calls[0])
         with contextlib.ExitStack() as halt:
             with faulty.network("throttle", bytes_per_s=SLOW / 6):  # only until the ranks stop, to spare the load
                 arrived = counters(faulty.decode)["chunks"]
@@ -117,8 +110,6 @@ def test_no_shared_memory_on_the_prefill_server(faulty: Faulty) -> None:
 
 def test_statistics_of_live_traffic(faulty: Faulty, nano_mla: str, statistics_folder: Path) -> None:
     """The prefill ranks' sums over their traffic match those of the plain model over the same texts."""
-    from tokenizers import Tokenizer
-
     from sglang_tpla.measure.statistics import Statistics, collect, combine
     from sglang_tpla.reference_model.forward import PlainModel
 
@@ -126,8 +117,7 @@ def test_statistics_of_live_traffic(faulty: Faulty, nano_mla: str, statistics_fo
     assert len(files) >= 2 and len(files) % 2 == 0  # one a rank for each start of the server that wrote any
     whole = combine([Statistics.load(path) for path in files])
     assert whole.tokens >= 3000 and whole.layers[0].query_outer.shape == (8, 32, 32)
-    tokenizer = Tokenizer.from_file(f"{nano_mla}/tokenizer.json")
-    texts = [torch.tensor([tokenizer.encode(text).ids]) for text in (*PROMPTS, *LONG)]
+    texts = [torch.tensor([ids]) for ids in encoded(nano_mla, (*PROMPTS, *LONG))]
     plain = collect(PlainModel(nano_mla), texts)
     for number, live in enumerate(whole.layers):
         for what in ("covariance", "query_outer"):

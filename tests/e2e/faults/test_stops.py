@@ -8,10 +8,10 @@ import pytest
 
 from tests.e2e.faulty import PEER_TIMEOUT_S, PROMPTS, SLOW, TOKENS, Faulty, series, stopped, until_in_flight
 from tests.e2e.servers import Server
-from tests.e2e.traffic import Load, Route
+from tests.e2e.traffic import Load, Pair
 
 
-def serve_meanwhile(faulty: Faulty, halted: psutil.Process, stuck: Route, others: Route, seconds: float) -> None:
+def serve_meanwhile(faulty: Faulty, halted: psutil.Process, stuck: Pair, others: Pair, seconds: float) -> None:
     """Stop a process; requests of ``others`` are all right, one of ``stuck`` ends, and all is as before."""
     before = faulty.held()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
