@@ -8,16 +8,22 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+from sglang_tpla.host.requests.control import refuse_fatal
+
 READS_BODIES = "request_body_to_args"  # FastAPI's function that turns bodies into requests
 WRONG_VALUE = (AttributeError, TypeError, KeyError, IndexError, ArithmeticError, RecursionError)
 
 
 def answer_unreadable(state: Any) -> None:
-    """Hook before ``set_global_state``, which the process that serves HTTP calls once before its first request."""
+    """Hook before ``set_global_state``, which the process that serves HTTP calls once before its first request.
+
+    Control requests that would end the scheduler are refused from here on as well.
+    """
     from sglang.srt.entrypoints.http_server import app
 
     for error in WRONG_VALUE:
         app.add_exception_handler(error, refuse)
+    refuse_fatal(app, state.tokenizer_manager.server_args)
 
 
 async def refuse(request: Any, error: Exception) -> JSONResponse:
