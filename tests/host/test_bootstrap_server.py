@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -162,6 +163,7 @@ def test_a_layout_is_known_no_sooner_than_its_ranks(port: int, monkeypatch: pyte
     manager.kv_args, manager.kv_cache_dtype_str, manager.dcp_size = SimpleNamespace(page_size=1), "auto", 1
     manager.attn_tp_size, manager.unanswered = 1, Unanswered()
     manager.rank_addresses, manager.prefill_info_table = {}, Layouts()
+    manager.connection_lock = threading.Lock()
     monkeypatch.setattr(manager, "_resolve_rank_mapping", resolve)
     with serving(port) as url:
         submit(url, "PUT", "/route", payload(), None)
