@@ -24,6 +24,7 @@ from sglang_tpla.measure.layer_inputs import Batch, exact_context, head_outputs,
 from sglang_tpla.reference_model.forward import Attention, AttentionInputs
 
 _VARIANCE_FLOOR = 1e-8
+_NO_OUTPUT = 1e-30  # the square of a dead layer's output is 0, and so is its error
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def output_error(attention: Attention, batch: Batch, maps: Maps) -> torch.Tensor
         target = F.linear(head_outputs(exact, attention), attention.o)
     context = reduce(torch.add, (sliced_slices(batch, rope, scale, z, a) @ b for z, a, b in maps))
     found = F.linear(head_outputs(context, attention), attention.o)
-    return (found - target).pow(2).sum() / target.pow(2).sum()
+    return (found - target).pow(2).sum() / target.pow(2).sum().clamp_min(_NO_OUTPUT)
 
 
 def learn_layer(

@@ -165,7 +165,8 @@ def maps_from_basis(basis: Basis, covariance: torch.Tensor, columns: list[list[i
         b[:used] = basis.inverse[picked]
         b[:shared_dims] /= groups
         # If all columns are kept, the inverse is known exactly; a regression would round.
-        a[:used] = basis.inverse if used == latent_dim else regression(z[:, :used], covariance)
+        if used:  # blocks of equal size may end before the last groups
+            a[:used] = basis.inverse if used == latent_dim else regression(z[:, :used], covariance)
         maps.append((z, a, b))
     return maps
 

@@ -56,7 +56,7 @@ def _layer_error(
             gram = torch.einsum("ohv,ohu->hvu", per_head, per_head)
             heads[place] += torch.einsum("bqhv,hvu,bqhu->h", split, gram, split).double().cpu()
     ratio = heads[0] / heads[1].clamp_min(1e-30)
-    return (whole[0] / whole[1]).item(), tuple(ratio.tolist())
+    return (whole[0] / whole[1].clamp_min(1e-30)).item(), tuple(ratio.tolist())
 
 
 def _sliced_context(batch: Batch, maps: LayerMaps, rope: torch.Tensor, scale: float) -> torch.Tensor:

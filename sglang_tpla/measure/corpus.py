@@ -68,13 +68,19 @@ class Corpus:
         return cls(name=name, content_hash=digest.hexdigest(), documents=tuple(documents))
 
     def split(self, seed: int) -> tuple[list[Document], list[Document]]:
-        """Split into disjoint (calibration, held-out) documents, in an order that the seed decides."""
+        """Split into disjoint (calibration, held-out) documents, in an order that the seed decides.
+
+        A held-out document that a calibration document copies under another name is left out.
+        """
         ranked = sorted(self.documents, key=lambda one: hashlib.sha256(f"{seed}\0{one.name}".encode()).digest())
         cut = round(len(ranked) * HELD_OUT_SHARE)
-        held_out, calibration = ranked[:cut], ranked[cut:]
+        calibration = ranked[cut:]
+        seen = {document.text for document in calibration}
+        held_out = [document for document in ranked[:cut] if document.text not in seen]
         if not held_out or not calibration:
+            different = len({document.text for document in self.documents})
             raise CorpusError(
-                f"the corpus {self.name} has {len(self.documents)} document(s), too few to hold some out; give more or "
+                f"the corpus {self.name} has {different} different document(s), too few to hold some out; give more or "
                 "longer files to --corpus"
             )
         return calibration, held_out
@@ -150,8 +156,13 @@ def _named(paths: Sequence[str | Path]) -> tuple[str, list[tuple[Path, Path]]]:
             files.append((path, Path(path.name)))
         else:
             inside = sorted(p for p in path.rglob("*") if p.is_file())
-            files += [(p, Path(path.name) / p.relative_to(path)) for p in inside]
-    return _utf8("+".join(Path(p).name or str(p) for p in paths)), _once(files)
+            files += [(p, Path(_name(path)) / p.relative_to(path)) for p in inside]
+    return _utf8("+".join(_name(path) or str(path) for path in map(Path, paths))), _once(files)
+
+
+def _name(path: Path) -> str:
+    """Return the name of a file or folder, also where it is given as ``.`` or ``..``: names decide the split."""
+    return path.resolve().name if path.name in ("", "..") else path.name
 
 
 def _utf8(name: str) -> str:

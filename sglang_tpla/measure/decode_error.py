@@ -4,6 +4,7 @@ Only positions whose attention went through the slices count: a sequence of P + 
 token, at positions P to P + C - 1. The last one has no next token and counts for KL and agreement only.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -44,14 +45,14 @@ class DecodeErrors:
         Raises:
             ArtifactError: the figures are not finite, and no artifact can hold such figures.
         """
-        if not bool(torch.isfinite(self.kl).all()):
-            raise ArtifactError(
-                "the log-probabilities on the held-out text are not finite: expected a checkpoint without NaN and "
-                "infinity, whose layers stay within float32"
-            )
         flat = self.kl.flatten().double()
         mla = self.nll_mla.double().nanmean().exp().item()
         tpla = self.nll_tpla.double().nanmean().exp().item()
+        if not math.isfinite(self.mean_kl + mla + tpla):
+            raise ArtifactError(
+                "the log-probabilities on the held-out text are not finite, or so low that the perplexity is not: "
+                "expected a checkpoint without NaN and infinity, whose layers stay within float32"
+            )
         return ErrorReport(
             tokens=self.kl.numel(),
             prompt_tokens=self.prompt_tokens,

@@ -59,7 +59,7 @@ def read_whole_config(path: str | Path) -> Config:
         raise CheckpointError(f"expected a model directory with config.json, found none at {path}")
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got a {type(loaded).__name__}")

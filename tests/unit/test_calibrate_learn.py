@@ -94,6 +94,13 @@ def test_a_layer_that_would_get_worse_or_is_exact_stays(last: LastLayer) -> None
     assert last.learn(PLAN, [(eye, eye, eye / 2)] * 2, 128).error_before < 1e-8
 
 
+def test_a_dead_layer_is_exact(last: LastLayer) -> None:
+    """The error relative to nothing was NaN: all steps were in vain, and a finished layer's file could not be read."""
+    dead = replace(last.attention, o=torch.zeros_like(last.attention.o))
+    learned = last._replace(attention=dead).learn(PLAN)
+    assert (learned.error_before, learned.error_after) == (0, 0)
+
+
 def test_the_step_size_that_a_layer_bears_is_taken(last: LastLayer) -> None:
     plan = replace(PLAN, steps=40, queries=96, trial_steps=10)
     wild = last.learn(replace(plan, trial_scales=(1000.0,)))

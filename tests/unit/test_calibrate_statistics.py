@@ -111,11 +111,12 @@ def test_split_is_disjoint_seeded_and_stable() -> None:
 
 
 def test_corpus_from_files(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("alpha beta\n" * 20000)
+    lines = "".join(f"line {number}\n" for number in range(20000))
+    (tmp_path / "a.txt").write_text(lines)
     (tmp_path / "b.bin").write_bytes(bytes(range(256)))
     corpus = Corpus.from_paths([tmp_path])
     assert all(document.name.startswith(f"{tmp_path.name}/a.txt#") for document in corpus.documents)
-    assert "".join(document.text for document in corpus.documents) == "alpha beta\n" * 20000
+    assert "".join(document.text for document in corpus.documents) == lines
     calibration, held_out = corpus.split(0)
     assert calibration
     assert held_out
@@ -137,6 +138,29 @@ def test_a_file_named_twice_is_not_held_out_of_its_own_text(tmp_path: Path) -> N
         for seed in range(5):
             calibration, held_out = corpus.split(seed)
             assert not {document.text for document in calibration} & {document.text for document in held_out}
+
+
+def test_a_copy_is_not_held_out_of_its_own_text(tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"text of number {number % 20}\n" * 20)
+    calibration, held_out = Corpus.from_paths([tmp_path]).split(0)
+    assert len(calibration) == 30
+    assert held_out and not {document.text for document in calibration} & {document.text for document in held_out}
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text("one text\n" * 20)
+    with pytest.raises(CorpusError, match="has 1 different document"):
+        Corpus.from_paths([tmp_path]).split(0)
+
+
+def test_a_folder_has_one_name_however_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names decide the split: evaluation of the folder where one is would measure on calibration text."""
+    inside = tmp_path / "corpus" / "inside"
+    inside.mkdir(parents=True)
+    for number in range(16):
+        (inside / f"{number}.txt").write_text(f"text of number {number}\n")
+    monkeypatch.chdir(inside)
+    assert Corpus.from_paths(["."]) == Corpus.from_paths([inside])
+    assert Corpus.from_paths([".."]) == Corpus.from_paths([tmp_path / "corpus"])
 
 
 def test_large_files_are_left_out_only_beside_enough_small_ones(
