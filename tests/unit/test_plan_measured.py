@@ -56,13 +56,23 @@ def test_sglangs_fp8_cache_is_priced_under_the_kernel_that_serves_it() -> None:
     assert price(many, H200, LINKS["nvlink"]).kernels_s["attention"] > 6 * seconds["fp8", (9, 0)]
 
 
-@pytest.mark.parametrize("name", ["headline_alone_2026-11-30", "headline_2026-11-29", "headline_sketched_2026-11-30"])
-def test_steps_of_sglang(name: str) -> None:
-    """Plain TP is within 10% everywhere, as are eight of ten of all steps; only Triton's may be off by 20% or more."""
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("headline_alone_2026-12-01", 0.95),
+        ("headline_alone_2026-11-30", 0.8),
+        ("headline_2026-11-29", 0.8),
+        ("headline_sketched_2026-11-30", 0.8),
+    ],
+)
+def test_steps_of_sglang(name: str, share: float) -> None:
+    """Plain TP is within 10% everywhere, as is a share of all steps; only Triton's may be off by 20% or more."""
     steps = steps_of(json.loads((RESULTS / f"{name}.json").read_text()), H200)
+    # On 29 November 8-bit rows had a slower kernel, which the planner no longer describes.
+    steps = [step for step in steps if (name, step.job) != ("headline_2026-11-29", "v3-g1-8bit")]
     ratios = {step: step.ratio for step in steps}
     assert all(0.9 < ratio < 1.1 for step, ratio in ratios.items() if step.job in ("v3-mla", "k2-mla"))
-    assert sum(0.9 < ratio < 1.1 for ratio in ratios.values()) >= 0.8 * len(steps)
+    assert sum(0.9 < ratio < 1.1 for ratio in ratios.values()) >= share * len(steps)
     assert all(0.8 < ratio < 1.2 for step, ratio in ratios.items() if "triton" not in step.job)
     for fastest, chosen in choices(steps):
         assert chosen.measured_ms < 1.1 * fastest.measured_ms
