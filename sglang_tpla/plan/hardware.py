@@ -208,8 +208,8 @@ H200 = replace(
         "attention at 512 + 64 and on slices, 131,072 and 524,288 cached tokens, one H200: agrees with the scaled "
         "rates (benchmarks/results/h200/decode_kernel_apart_2026-11-25.json); slices of width 256 with 128 heads "
         "(benchmarks/results/h200/decode_kernel_2026-11-29.json)",
-        "attention on sketched rows, 16 to 128 heads (benchmarks/results/h200/sketched_kernel_2026-12-01.json), and what "
-        "a call of it costs at least in a step (benchmarks/results/h200/headline_alone_2026-12-01.json)",
+        "attention on sketched rows, 16 to 128 heads (benchmarks/results/h200/sketched_kernel_2026-12-01.json), and "
+        "what a call of it costs at least in a step (benchmarks/results/h200/headline_alone_2026-12-01.json)",
         "how unevenly FlashInfer splits requests, and SGLang's own FP8 cache under its Triton kernel (no other), 16 "
         "heads, within 31% (benchmarks/results/h200/headline_alone_2026-11-30.json)",
     ),

@@ -239,6 +239,21 @@ def test_what_would_end_a_server_once_it_is_let_in(trio: Any, changes: dict[str,
     plain(trio)
 
 
+def test_control_requests_that_fail_end_no_server(trio: Any) -> None:
+    expected = plain(trio)
+    nothing = {"model_path": "/nothing", "load_format": "nothing"}
+    for path, body, said in (
+        ("/update_weights_from_disk", nothing, "nothing"),
+        ("/get_weights_by_name", {"name": "no.such.weight"}, ""),
+        ("/resume_memory_occupation", {}, "--enable-memory-saver"),
+        ("/set_internal_state", {"server_args": {"pp_max_micro_batch_size": 2.5}}, "whole number"),
+    ):
+        for server in (trio.pair.prefill, trio.pair.decode):
+            answer = server.post(path, body)
+            assert answer.status_code == 400 and said in answer.text, (path, answer.status_code, answer.text[:300])
+    assert plain(trio) == expected
+
+
 def test_a_time_of_arrival_that_is_no_number(trio: Any) -> None:
     """This endpoint of SGLang checks no types."""
     parameters = {"sampling_params": {"max_new_tokens": 2}, "received_time": "x", **trio.pair.place()}

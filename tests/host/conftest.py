@@ -25,7 +25,8 @@ def imported() -> None:
         import sglang_tpla.host.disaggregation.kv_manager
         import sglang_tpla.host.disaggregation.kv_sender_receiver
         import sglang_tpla.host.requests.admission
-        import sglang_tpla.host.requests.edge  # noqa: F401
+        import sglang_tpla.host.requests.edge
+        import sglang_tpla.host.requests.guard  # noqa: F401
 
 
 @pytest.fixture(scope="session")

@@ -10,23 +10,24 @@ import pytest
 from fastapi import Body, FastAPI
 from starlette.routing import Match
 
-from sglang_tpla.host.requests.control import EXPERTS, PROFILE, refuse_fatal
+from sglang_tpla.host.requests.control import EXPERTS, MEMORY, PROFILE, STATE, refuse_fatal
 
 
-def served(recorder: str | None) -> FastAPI:
+def served(recorder: str | None = None, saver: bool = False) -> FastAPI:
     app = FastAPI()
 
-    async def profile(obj: dict[str, Any] | None = Body(None)) -> dict[str, Any] | None:  # noqa: B008
+    async def body(obj: dict[str, Any] | None = Body(None)) -> dict[str, Any] | None:  # noqa: B008
         return obj
 
-    async def record() -> str:
-        return "recorded"
+    async def done() -> str:
+        return "done"
 
-    profile._auth_level = record._auth_level = "admin"  # type: ignore[attr-defined]
-    app.api_route(PROFILE, methods=["GET", "POST"])(profile)
-    for path in EXPERTS:
-        app.api_route(path, methods=["GET", "POST"])(record)
-    refuse_fatal(app, SimpleNamespace(expert_distribution_recorder_mode=recorder))
+    body._auth_level = done._auth_level = "admin"  # type: ignore[attr-defined]
+    app.api_route(PROFILE, methods=["GET", "POST"])(body)
+    app.api_route(STATE, methods=["POST", "PUT"])(body)
+    for path in (*EXPERTS, *MEMORY):
+        app.api_route(path, methods=["GET", "POST"])(done)
+    refuse_fatal(app, SimpleNamespace(expert_distribution_recorder_mode=recorder, enable_memory_saver=saver))
     return app
 
 
@@ -39,12 +40,39 @@ def ask(app: FastAPI, method: str, path: str, body: Any = None) -> httpx.Respons
     return asyncio.run(run())
 
 
-def test_experts_are_recorded_where_the_server_has_a_recorder() -> None:
-    for path in EXPERTS:
+@pytest.mark.parametrize(
+    ("paths", "flag", "started"),
+    [
+        (EXPERTS, "--expert-distribution-recorder-mode", {"recorder": "stat"}),
+        (MEMORY, "--enable-memory-saver", {"saver": True}),
+    ],
+)
+def test_what_a_server_was_not_started_for(paths: tuple[str, ...], flag: str, started: dict[str, Any]) -> None:
+    for path in paths:
         for method in ("GET", "POST"):
-            answer = ask(served(None), method, path)
-            assert answer.status_code == 400 and "--expert-distribution-recorder-mode" in answer.text
-            assert ask(served("stat"), method, path).json() == "recorded"
+            answer = ask(served(), method, path)
+            assert answer.status_code == 400 and flag in answer.text
+            assert ask(served(**started), method, path).json() == "done"
+
+
+@pytest.mark.parametrize(
+    ("state", "why"),
+    [
+        ({"pp_max_micro_batch_size": 2.5}, "whole number; got 2.5"),
+        ({"pp_max_micro_batch_size": True}, "whole number; got True"),
+        ({"speculative_accept_threshold_single": 1.5}, "0...1; got 1.5"),
+        ({"speculative_accept_threshold_acc": "a"}, "0...1; got 'a'"),
+        ({"pp_max_micro_batch_size": 2, "speculative_accept_threshold_acc": 0.5}, ""),
+        ({"unknown": 2.5}, ""),
+        (7, ""),
+    ],
+)
+def test_numbers_that_later_steps_fail_on(state: Any, why: str) -> None:
+    answer = ask(served(), "PUT", STATE, {"server_args": state})
+    if why:
+        assert answer.status_code == 400 and why in answer.json()["error"]["message"]
+    else:
+        assert answer.json() == {"server_args": state}
 
 
 @pytest.mark.parametrize(
@@ -60,21 +88,21 @@ def test_experts_are_recorded_where_the_server_has_a_recorder() -> None:
     ],
 )
 def test_a_profile_that_cannot_be_taken(body: dict[str, Any], why: str) -> None:
-    answer = ask(served(None), "POST", PROFILE, body)
+    answer = ask(served(), "POST", PROFILE, body)
     assert answer.status_code == 400 and why in answer.json()["error"]["message"], answer.text
 
 
 def test_other_profiles_reach_sglang(tmp_path: Path) -> None:
     body = {"activities": ["CPU", "GPU"], "output_dir": str(tmp_path / "new"), "num_steps": 3, "profile_prefix": "p"}
-    assert ask(served(None), "POST", PROFILE, body).json() == body
-    assert ask(served(None), "GET", PROFILE).json() is None
-    assert ask(served(None), "POST", PROFILE, [1]).status_code == 422
+    assert ask(served(), "POST", PROFILE, body).json() == body
+    assert ask(served(), "GET", PROFILE).json() is None
+    assert ask(served(), "POST", PROFILE, [1]).status_code == 422
 
 
 def test_who_may_ask_is_unchanged() -> None:
     """SGLang looks up the right in the endpoint of the first route that matches."""
-    for path in (PROFILE, *EXPERTS):
+    for path in (PROFILE, *EXPERTS, *MEMORY):
         scope = {"type": "http", "method": "GET", "path": path, "headers": []}
-        matches = [route.matches(scope) for route in served(None).routes]
+        matches = [route.matches(scope) for route in served().routes]
         found = next(child for match, child in matches if match is Match.FULL)
         assert found["endpoint"]._auth_level == "admin"

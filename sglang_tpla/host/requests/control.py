@@ -1,11 +1,13 @@
-"""Refuse control requests that would end the scheduler, which runs them without catching errors.
+"""Refuse control requests that the scheduler cannot carry out, and whose answers could not say so.
 
-SGLang (``sglang/srt/entrypoints/http_server.py``) passes on records of experts that the server was not started for, and
-profiles that cannot be taken or written. Here a route before SGLang's own answers 400 to these.
+SGLang (``sglang/srt/entrypoints/http_server.py``) passes on records of experts and releases of memory that the server
+was not started for, profiles that cannot be taken or written, and numbers that later steps fail on. Here a route before
+SGLang's own answers 400 to these. `guard` answers the other errors of control requests.
 """
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +18,63 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 EXPERTS = tuple(f"/{what}_expert_distribution_record" for what in ("start", "stop", "dump"))
+MEMORY = tuple(f"/{what}_memory_occupation" for what in ("release", "resume"))
 PROFILE = "/start_profile"
+STATE = "/set_internal_state"
 NAME_LENGTH = 100  # of a prefix or id; both are parts of a file's name
 
 
 def refuse_fatal(app: Any, server_args: Any) -> None:
-    """Put routes before those of SGLang's app whose requests may end the scheduler."""
+    """Put routes before those of SGLang's app whose requests the scheduler may fail on."""
     routes = app.router.routes
-    own = {route.path: route for route in routes if getattr(route, "path", None) in (*EXPERTS, PROFILE)}
-    checks: dict[str, Any] = {PROFILE: CheckedProfile(own[PROFILE])}
+    own = {route.path: route for route in routes if getattr(route, "path", None) in (*EXPERTS, *MEMORY, PROFILE, STATE)}
+    checks: dict[str, Any] = {path: Checked(own[path], wrong) for path, wrong in WRONG.items()}
     if server_args.expert_distribution_recorder_mode is None:
-        checks |= dict.fromkeys(EXPERTS, refuse_record)
+        why = "this server records no experts; start it with --expert-distribution-recorder-mode"
+        checks |= dict.fromkeys(EXPERTS, _refusal(why))
+    if not server_args.enable_memory_saver:
+        why = "this server cannot give memory back; start it with --enable-memory-saver"
+        checks |= dict.fromkeys(MEMORY, _refusal(why))
     for path, check in checks.items():
         # SGLang reads here who may send the request.
         check._auth_level = getattr(own[path].endpoint, "_auth_level", None)
-        routes.insert(0, Route(path, check, methods=["GET", "POST"]))
+        routes.insert(0, Route(path, check, methods=sorted(own[path].methods)))
 
 
 def refused(message: str) -> JSONResponse:
     return JSONResponse({"error": {"message": message, "code": 400}}, status_code=400)
 
 
-async def refuse_record(request: Request) -> JSONResponse:
-    """Answer a request to record experts on a server without a recorder."""
-    return refused("this server records no experts; start it with --expert-distribution-recorder-mode")
+def _refusal(message: str) -> Any:
+    """Return an endpoint that refuses every request with ``message``."""
+
+    async def refuse(request: Request) -> JSONResponse:
+        return refused(message)
+
+    return refuse
 
 
-class CheckedProfile:
-    """The endpoint (ASGI) that checks a profile's request and passes it on to SGLang's route."""
+class Checked:
+    """The endpoint (ASGI) that checks a request's body and passes the request on to SGLang's route.
+
+    Args:
+        route: SGLang's.
+        wrong: returns what is wrong with a body that is a JSON object, or an empty string. SGLang itself answers other
+            bodies, and fields of another type.
+    """
 
     _auth_level: Any = None
 
-    def __init__(self, route: Any) -> None:
-        self._route = route
+    def __init__(self, route: Any, wrong: Callable[[dict[str, Any]], str]) -> None:
+        self._route, self._wrong = route, wrong
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await Request(scope, receive).body()
-        if wrong := wrong_profile(body):
+        try:
+            asked = json.loads(body or b"{}")
+        except (ValueError, RecursionError):
+            asked = None
+        if isinstance(asked, dict) and (wrong := self._wrong(asked)):
             await refused(wrong)(scope, receive, send)
             return
         replayed = [{"type": "http.request", "body": body, "more_body": False}]
@@ -63,17 +85,23 @@ class CheckedProfile:
         await self._route.handle(scope, replay, send)
 
 
-def wrong_profile(body: bytes) -> str:
-    """Return what keeps the profile of a request's body from being taken and written, or an empty string.
+def wrong_state(asked: dict[str, Any]) -> str:
+    """Return what is wrong with the numbers that a request sets in a scheduler, or an empty string."""
+    state = asked.get("server_args")
+    if not isinstance(state, dict):
+        return ""
+    for name, number in state.items():
+        if name == "pp_max_micro_batch_size" and (not isinstance(number, int) or isinstance(number, bool)):
+            return f"pp_max_micro_batch_size must be a whole number; got {number!r:.80}"
+        if name.startswith("speculative_accept_threshold") and not (
+            isinstance(number, int | float) and 0 <= number <= 1
+        ):
+            return f"{name} must lie in 0...1; got {number!r:.80}"
+    return ""
 
-    SGLang itself answers bodies that are no objects, and fields of another type.
-    """
-    try:
-        asked = json.loads(body or b"{}")
-    except (ValueError, RecursionError):
-        return ""
-    if not isinstance(asked, dict):
-        return ""
+
+def wrong_profile(asked: dict[str, Any]) -> str:
+    """Return what keeps a profile from being taken and written, or an empty string."""
     known = ["CPU", "GPU"] + ["MEM", "CUDA_PROFILER"] * torch.cuda.is_available()
     activities = asked.get("activities")
     if isinstance(activities, list) and (unknown := [one for one in activities if one not in known]):
@@ -93,3 +121,6 @@ def _unwritable(folder: str) -> str:
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the home of nobody
         return f"output_dir {folder!r:.80} cannot be made: {error}"
     return "" if os.access(path, os.W_OK | os.X_OK) else f"output_dir {folder!r:.80} cannot be written to"
+
+
+WRONG: dict[str, Callable[[dict[str, Any]], str]] = {PROFILE: wrong_profile, STATE: wrong_state}
