@@ -34,6 +34,7 @@ NATIVE = (
     "image_max_dynamic_patch", "min_dynamic_patch", "use_audio_in_video", "video_max_dynamic_patch",
     "mm_content_hashes", "video_config", "watermark", "sampling_logprobs_mode", "return_flat_raw_output_top_logprobs",
     "data_parallel_rank", "mm_processor_kwargs", "token_indices_to_pool", "cache_salt", "kv_hints",
+    "return_spec_tokens_details",
 )  # fmt: skip
 OPENAI = (
     "prompt", "echo", "logprobs", "n", "best_of", "stop", "suffix", "seed", "temperature", "top_p", "top_k", "min_p",
@@ -46,7 +47,8 @@ OPENAI = (
     "bootstrap_host", "bootstrap_port", "max_tokens", "max_completion_tokens", "model", "input_ids", "session_id",
     "custom_labels", "custom_params", "images_config", "max_dynamic_patch", "min_dynamic_patch", "use_audio_in_video",
     "return_cached_tokens_details", "return_meta_info", "return_prompt_token_ids", "return_token_ids",
-    "return_routed_experts", "routed_experts_start_len", "stream_reasoning", "task",
+    "return_routed_experts", "routed_experts_start_len", "stream_reasoning", "task", "thinking",
+    "return_input_ids_in_sglext", "return_output_ids_in_sglext", "return_spec_tokens_details",
 )  # fmt: skip
 # Nearly right values get further into a server than values of another type.
 NEARLY: dict[str, list[Any]] = {
@@ -81,6 +83,7 @@ NEARLY: dict[str, list[Any]] = {
     "repetition_penalty": [1e-300, 1e-6, 2.0], "custom_labels": [{"a": "b"}, {"model_name": "x"}],
     "received_time": [float("nan"), float("inf"), 0.0], "token_indices_to_pool": [[0], [100000], [-1], [2**63]],
     "beam_width": [1, 2], "watermark": [{"enabled": True}, {"key": "a"}], "log_metrics": [False],
+    "thinking": [True, {"type": "enabled"}], "return_spec_tokens_details": [True],
     "kv_hints": [{}, {"protocol_version": "1", "message_id": "a", "actions": [{}]}], "cache_salt": ["a"],
 }  # fmt: skip
 LENGTHS = [0, -1, 2, 1.5, "5", [], [2], {}, True, 2**31, 2**63, 2**64]
