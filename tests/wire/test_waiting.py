@@ -45,6 +45,15 @@ def test_a_room_that_waits_for_pages_does_not() -> None:
         simulation.rest()
 
 
+def test_a_room_that_gets_no_pages_says_what_to_do() -> None:
+    with begun(b"") as simulation:
+        simulation._each(simulation._step, [0])
+        pass_time(simulation, SETTINGS.transfer_timeout_s + 1)
+        for decode in simulation.decodes:
+            assert "had no place for the request" in decode.agent.failure(0)
+            assert "--tpla-transfer-timeout-s" in decode.agent.failure(0)
+
+
 def test_a_room_whose_decode_ranks_have_ended_fails_soon() -> None:
     """The decode ranks have named the room before, and stop naming it."""
     with begun(b"") as simulation:

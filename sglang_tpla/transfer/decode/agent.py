@@ -253,9 +253,13 @@ class DecodeAgent:
             late = self.rooms.expire(now)
         self.connections.expire(now)
         for room in late:
-            self.receiver.fail(
-                room, f"no progress for {self.workers.settings.transfer_timeout_s:g} s in {room.state.name}"
-            )
+            why = f"no progress for {self.workers.settings.transfer_timeout_s:g} s in {room.state.name}"
+            if room.state is RoomState.WAITING:
+                why += (
+                    "; this decode server's cache had no place for the request: send it fewer requests, or raise "
+                    "--tpla-transfer-timeout-s"
+                )
+            self.receiver.fail(room, why)
 
     def _open(self, room_id: int) -> Room:
         return self.workers.opened(self.rooms.table, room_id)
