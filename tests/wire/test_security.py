@@ -11,7 +11,7 @@ import zmq
 
 from sglang_tpla.transfer import keys
 from sglang_tpla.transfer.decode.agent import DecodeAgent
-from sglang_tpla.transfer.network.security import INSECURE_VARIABLE, KEYS_VARIABLE, Security
+from sglang_tpla.transfer.network.security import INSECURE_VARIABLE, KEYS_VARIABLE, Security, is_loopback
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
 from sglang_tpla.transfer.room import RoomState, TransferError
 from tests.wire import rig
@@ -157,3 +157,12 @@ def test_names_of_decode_servers_become_files(name: str, tmp_path: Path) -> None
     with pytest.raises(SystemExit):
         keys.main([str(tmp_path / "keys"), "--decode", name])
     assert not (tmp_path / "keys").exists()
+
+
+@pytest.mark.parametrize(
+    ("host", "stays"),
+    [("127.0.0.1", True), ("::1", True), ("::ffff:127.0.0.1", True), ("::ffff:10.0.0.1", False), ("10.0.0.1", False),
+     ("localhost", True), ("here", False)],
+)  # fmt: skip
+def test_which_addresses_need_no_keys(host: str, stays: bool) -> None:
+    assert is_loopback(host) is stays
