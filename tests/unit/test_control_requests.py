@@ -1,6 +1,7 @@
 """A control request that would end the scheduler is answered 400; others reach SGLang's own route whole."""
 
 import asyncio
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 from fastapi import Body, FastAPI
 from starlette.routing import Match
 
-from sglang_tpla.host.requests.control import EXPERTS, MEMORY, PROFILE, STATE, refuse_fatal
+from sglang_tpla.host.requests.control import EXPERTS, MEMORY, PROFILE, STATE, WRONG, refuse_fatal
+
+JSON = {"content-type": "application/json"}
 
 
 def served(recorder: str | None = None, saver: bool = False) -> FastAPI:
@@ -23,19 +26,19 @@ def served(recorder: str | None = None, saver: bool = False) -> FastAPI:
         return "done"
 
     body._auth_level = done._auth_level = "admin"  # type: ignore[attr-defined]
-    app.api_route(PROFILE, methods=["GET", "POST"])(body)
-    app.api_route(STATE, methods=["POST", "PUT"])(body)
+    for path in WRONG:
+        app.api_route(path, methods=["GET", "POST", "PUT"])(body)
     for path in (*EXPERTS, *MEMORY):
         app.api_route(path, methods=["GET", "POST"])(done)
     refuse_fatal(app, SimpleNamespace(expert_distribution_recorder_mode=recorder, enable_memory_saver=saver))
     return app
 
 
-def ask(app: FastAPI, method: str, path: str, body: Any = None) -> httpx.Response:
+def ask(app: FastAPI, method: str, path: str, body: Any = None, content: str | None = None) -> httpx.Response:
     async def run() -> httpx.Response:
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
-            return await client.request(method, path, json=body)
+            return await client.request(method, path, json=body, content=content, headers=JSON if content else {})
 
     return asyncio.run(run())
 
@@ -73,6 +76,32 @@ def test_numbers_that_later_steps_fail_on(state: Any, why: str) -> None:
         assert answer.status_code == 400 and why in answer.json()["error"]["message"]
     else:
         assert answer.json() == {"server_args": state}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "why"),
+    [
+        ("/slow_down", {"forward_sleep_time": 1e300}, "at most 60 seconds; got 1e+300"),
+        ("/slow_down", {"forward_sleep_time": float("inf")}, "at most 60 seconds; got inf"),
+        ("/slow_down", {"forward_sleep_time": 0.5}, ""),
+        ("/slow_down", {"forward_sleep_time": None}, ""),
+        ("/configure_logging", {"log_requests_level": 99}, "one of (0, 1, 2, 3); got 99"),
+        ("/configure_logging", {"log_level": "loud"}, "got 'loud'"),
+        (
+            "/configure_logging",
+            {"dump_requests_folder": "/proc/nothing"},
+            "dump_requests_folder '/proc/nothing' cannot",
+        ),
+        ("/configure_logging", {"log_requests_level": 3, "log_level": "info", "dump_requests_folder": ""}, ""),
+    ],
+)
+def test_what_later_steps_and_requests_would_fail_on(path: str, body: dict[str, Any], why: str) -> None:
+    data = json.dumps(body)  # httpx refuses an infinite number
+    answer = ask(served(), "POST", path, content=data)
+    if why:
+        assert answer.status_code == 400 and why in answer.json()["error"]["message"]
+    else:
+        assert answer.json() == body
 
 
 @pytest.mark.parametrize(

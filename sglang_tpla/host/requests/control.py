@@ -6,6 +6,7 @@ SGLang's own answers 400 to these. `guard` answers the other errors of control r
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,15 +20,19 @@ from starlette.types import Message, Receive, Scope, Send
 
 EXPERTS = tuple(f"/{what}_expert_distribution_record" for what in ("start", "stop", "dump"))
 MEMORY = tuple(f"/{what}_memory_occupation" for what in ("release", "resume"))
+LOGGING = "/configure_logging"
 PROFILE = "/start_profile"
+SLOW_DOWN = "/slow_down"
 STATE = "/set_internal_state"
+LOG_REQUESTS_LEVELS = (0, 1, 2, 3)
+LONGEST_SLEEP_S = 60.0  # before each step; a scheduler that sleeps serves nobody
 NAME_LENGTH = 100  # of a prefix or id; both are parts of a file's name
 
 
 def refuse_fatal(app: Any, server_args: Any) -> None:
     """Put routes before those of SGLang's app whose requests the scheduler may fail on."""
     routes = app.router.routes
-    own = {route.path: route for route in routes if getattr(route, "path", None) in (*EXPERTS, *MEMORY, PROFILE, STATE)}
+    own = {route.path: route for route in routes if getattr(route, "path", None) in (*EXPERTS, *MEMORY, *WRONG)}
     checks: dict[str, Any] = {path: Checked(own[path], wrong) for path, wrong in WRONG.items()}
     if server_args.expert_distribution_recorder_mode is None:
         why = "this server records no experts; start it with --expert-distribution-recorder-mode"
@@ -100,6 +105,28 @@ def wrong_state(asked: dict[str, Any]) -> str:
     return ""
 
 
+def wrong_logging(asked: dict[str, Any]) -> str:
+    """Return why a change of the log would fail later requests, or an empty string."""
+    level, name = asked.get("log_requests_level"), asked.get("log_level")
+    if isinstance(level, int) and level not in LOG_REQUESTS_LEVELS:
+        return f"log_requests_level must be one of {LOG_REQUESTS_LEVELS}; got {level!r:.80}"
+    if isinstance(name, str) and name.upper() not in logging.getLevelNamesMapping():
+        return f"log_level must be one of {', '.join(logging.getLevelNamesMapping())}; got {name!r:.80}"
+    for field in ("dump_requests_folder", "crash_dump_folder"):
+        folder = asked.get(field)
+        if isinstance(folder, str) and folder and (wrong := _unwritable(field, folder)):
+            return wrong
+    return ""
+
+
+def wrong_sleep(asked: dict[str, Any]) -> str:
+    """Return what is wrong with the time that a scheduler is to sleep, or an empty string."""
+    sleep_s = asked.get("forward_sleep_time")
+    if isinstance(sleep_s, int | float) and not sleep_s <= LONGEST_SLEEP_S:
+        return f"forward_sleep_time must be at most {LONGEST_SLEEP_S:g} seconds; got {sleep_s!r:.80}"
+    return ""
+
+
 def wrong_profile(asked: dict[str, Any]) -> str:
     """Return what keeps a profile from being taken and written, or an empty string."""
     known = ["CPU", "GPU"] + ["MEM", "CUDA_PROFILER"] * torch.cuda.is_available()
@@ -111,16 +138,21 @@ def wrong_profile(asked: dict[str, Any]) -> str:
         if isinstance(name, str) and (len(name.encode(errors="replace")) > NAME_LENGTH or set(name) & {"/", "\0"}):
             return f"{field} must be a part of a file's name, at most {NAME_LENGTH} bytes without /; got {name!r:.80}"
     folder = asked.get("output_dir")
-    return _unwritable(folder) if isinstance(folder, str) else ""
+    return _unwritable("output_dir", folder) if isinstance(folder, str) else ""
 
 
-def _unwritable(folder: str) -> str:
+def _unwritable(field: str, folder: str) -> str:
     try:
         path = Path(folder).expanduser()
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the home of nobody
-        return f"output_dir {folder!r:.80} cannot be made: {error}"
-    return "" if os.access(path, os.W_OK | os.X_OK) else f"output_dir {folder!r:.80} cannot be written to"
+        return f"{field} {folder!r:.80} cannot be made: {error}"
+    return "" if os.access(path, os.W_OK | os.X_OK) else f"{field} {folder!r:.80} cannot be written to"
 
 
-WRONG: dict[str, Callable[[dict[str, Any]], str]] = {PROFILE: wrong_profile, STATE: wrong_state}
+WRONG: dict[str, Callable[[dict[str, Any]], str]] = {
+    LOGGING: wrong_logging,
+    PROFILE: wrong_profile,
+    SLOW_DOWN: wrong_sleep,
+    STATE: wrong_state,
+}
