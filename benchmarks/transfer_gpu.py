@@ -41,7 +41,7 @@ from sglang_tpla.transfer.memory.projection import Projection
 from sglang_tpla.transfer.prefill.agent import PrefillAgent
 from sglang_tpla.transfer.room import RoomState
 
-NAP_S = 0.0002  # the nap that SGLang's scheduler takes with our agent
+NAP_S = 0.001  # the nap that SGLang's scheduler takes with our agent
 
 
 def make_pool(tokens: int, width: int, device: str) -> CachePool:

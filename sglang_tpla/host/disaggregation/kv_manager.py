@@ -39,8 +39,9 @@ from sglang_tpla.transfer.room import TransferError
 
 logger = logging.getLogger(__name__)
 SWITCH_INTERVAL_S = 0.0002
-# A scheduler that asks for the same room again within this time has nothing else to do, and naps.
-IDLE_PASS_S, NAP_S = 0.0005, 0.0002
+# A scheduler that asks for the same room again within this time has nothing else to do, and naps. With naps of 0.2 ms
+# caches of 8,192 tokens took 86 ms instead of 73 (an H200).
+IDLE_PASS_S, NAP_S = 0.0005, 0.001
 _agents: list[Any] = []
 
 
