@@ -137,6 +137,9 @@ def wrong_profile(asked: dict[str, Any]) -> str:
         name = asked.get(field)
         if isinstance(name, str) and (len(name.encode(errors="replace")) > NAME_LENGTH or set(name) & {"/", "\0"}):
             return f"{field} must be a part of a file's name, at most {NAME_LENGTH} bytes without /; got {name!r:.80}"
+    steps = asked.get("num_steps")
+    if asked.get("profile_by_stage") is True and not (isinstance(steps, int) and steps > 0):
+        return f"profile_by_stage needs num_steps, which must be at least 1; got {steps!r:.80}"
     folder = asked.get("output_dir")
     return _unwritable("output_dir", folder) if isinstance(folder, str) else ""
 
