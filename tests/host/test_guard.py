@@ -3,6 +3,7 @@
 import asyncio
 import subprocess
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,8 +32,9 @@ class Anything:
 
 def dispatcher(scheduler: Any) -> Any:
     """Return SGLang's own dispatcher of requests, with the handlers of ``scheduler``."""
-    from sglang.srt.managers.scheduler import Scheduler
-
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sglang.srt.managers.scheduler import Scheduler
     Scheduler.init_request_dispatcher(scheduler)
     return scheduler._request_dispatcher
 
