@@ -66,7 +66,7 @@ def test_every_control_request_of_sglangs_dispatcher_has_an_answer() -> None:
     from fastapi import HTTPException
     from sglang.srt.managers import io_struct
 
-    from sglang_tpla.host.requests.guard import UNGUARDED, output_type
+    from sglang_tpla.host.requests.guard import TEXTS, UNGUARDED, output_type
 
     kinds = dispatcher(Anything())._mapping
     assert set(UNGUARDED) < set(kinds) and len(kinds) > 35
@@ -82,10 +82,13 @@ def test_every_control_request_of_sglangs_dispatcher_has_an_answer() -> None:
         read = io_struct.msgpack_decode(io_struct.msgpack_encode(said))
         assert type(read) is output_type(kind)
         assert not getattr(read, "success", False) and not getattr(read, "updated", False)
+        why = "not released" if "Resume" in kind.__name__ else "what is gone"
+        if read.rid is None:
+            assert why in "".join(getattr(read, name, "") for name in TEXTS) and read.success is False
+            continue
         with pytest.raises(HTTPException) as refused:
             received(said)
-        assert refused.value.status_code == 400
-        assert ("not released" if "Resume" in kind.__name__ else "what is gone") in refused.value.detail
+        assert refused.value.status_code == 400 and why in refused.value.detail
 
 
 def test_the_hook_wraps_sglangs_own_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +175,7 @@ def test_a_failed_profile_does_not_go_on() -> None:
     profiler = SimpleNamespace(torch_profiler=SimpleNamespace(stop=lambda: stopped.append(True)))
     profiler.profile_in_progress = profiler.profile_by_stage = True
     said = guarded(broken, SimpleNamespace(profiler_manager=profiler))(io_struct.ProfileReq())
-    assert said.success is False and stopped and profiler.torch_profiler is None
+    assert said.success is False and "what is gone" in said.rid and stopped and profiler.torch_profiler is None
     assert not profiler.profile_in_progress and not profiler.profile_by_stage
 
 

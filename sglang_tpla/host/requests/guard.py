@@ -2,8 +2,8 @@
 
 SGLang's scheduler calls the handlers of control requests (new weights, profiles, memory) without catching errors. The
 hook after ``Scheduler.init_request_dispatcher`` (``sglang/srt/managers/scheduler.py``) wraps each of them in a
-`Guarded`, which logs an error and answers with the handler's own type of output. Many types have no field for a reason,
-so the reason also travels in the output's id; the hook around ``FanOutCommunicator.__call__``
+`Guarded`, which logs an error and answers with the handler's own type of output. Where this type has no field for a
+reason, the reason travels in the output's id; the hook around ``FanOutCommunicator.__call__``
 (``sglang/srt/managers/communicator.py``), which waits for outputs in the process that serves HTTP, turns it into status
 400. A request without an output (a pause, say) was answered before its handler ran; its error is in the log alone.
 
@@ -55,6 +55,7 @@ APART = (
     io_struct.ConfigureLoggingReq,
     io_struct.FreezeGCReq,
 )
+TEXTS = ("message", "error_message", "error")
 FAILED = RESERVED + "failed: "  # begins the id of an output that stands for an exception
 MAX_REASON_CHARACTERS = 1024
 
@@ -170,11 +171,12 @@ def failure(request: Any, reason: str) -> Any:
     kind = output_type(type(request))
     if kind is None:
         return None
-    values: dict[str, Any] = {"rid": FAILED + reason}
-    for field in msgspec.structs.fields(kind):
-        if field.name in ("message", "error_message", "error"):
-            values[field.name] = reason
-        elif field.required:  # among them ``success`` and ``updated``, which become false
+    fields = msgspec.structs.fields(kind)
+    values: dict[str, Any] = {field.name: reason for field in fields if field.name in TEXTS}
+    if not values or kind is io_struct.ProfileReqOutput:  # SGLang answers a failed profile without its message
+        values["rid"] = FAILED + reason
+    for field in fields:
+        if field.required and field.name not in values:  # among them ``success`` and ``updated``, which become false
             values[field.name] = getattr(request, field.name, None) or empty(field.type)
     return kind(**values)
 
