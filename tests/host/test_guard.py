@@ -4,7 +4,7 @@ import asyncio
 import subprocess
 import sys
 import warnings
-from datetime import timedelta
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,7 +42,7 @@ def dispatcher(scheduler: Any) -> Any:
 def guarded(handler: Any, scheduler: Any = None) -> Any:
     from sglang_tpla.host.requests.guard import Guarded, Ranks
 
-    return Guarded(scheduler or Anything(), handler, Ranks(None))
+    return Guarded(scheduler or Anything(), handler, Ranks(None, 0))
 
 
 def broken(_: Any) -> None:
@@ -186,7 +186,7 @@ def run_rank(number: int, port: int) -> None:
     from sglang_tpla.host.requests.guard import Guarded, Ranks, RanksDiffer
 
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
-    ranks = Ranks(dist.new_group([0, 1], timedelta(seconds=60), backend="gloo", use_local_synchronization=True))
+    ranks = Ranks(dist.new_group([0, 1], backend="gloo", use_local_synchronization=True), patience_s=200)
 
     def handler(request: Any) -> Any:
         if request.name == "both" or (request.name == "one" and number == 1):
@@ -197,14 +197,23 @@ def run_rank(number: int, port: int) -> None:
         said = Guarded(None, handler, ranks)(io_struct.GetWeightsByNameReqInput(name=name))
         assert (said.parameter is None and f"{name} failed" in said.rid) == failed, said
 
-    def fail_first(_: Any) -> Any:
-        if number == 0:
-            raise ValueError("half of it")
+    store = dist.distributed_c10d._get_default_store()  # rank 0 has it, and has to end last
 
-    try:
-        Guarded(None, fail_first, ranks)(io_struct.PauseGenerationReqInput(mode="retract"))
-    except RanksDiffer as error:
-        print("ends:", error, flush=True)
+    def fail_second(request: Any) -> Any:
+        if number == 1:
+            raise ValueError("half of it")
+        if request.mode == "in_place":  # as in a collective operation inside the handler
+            store.wait(["the other rank"])
+
+    for mode, patience_s in (("retract", 200), ("in_place", 1)):
+        try:
+            Guarded(None, fail_second, replace(ranks, patience_s=patience_s))(
+                io_struct.PauseGenerationReqInput(mode=mode)
+            )
+        except RanksDiffer as error:
+            print(error, flush=True)
+            if number == 1 and mode == "in_place":
+                store.set("the other rank", "has ended")
 
 
 def test_ranks_answer_alike_and_end_where_they_would_schedule_differently() -> None:
@@ -217,5 +226,6 @@ def test_ranks_answer_alike_and_end_where_they_would_schedule_differently() -> N
     ]  # fmt: skip
     said = [process.communicate(timeout=240) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
-    assert all("ends: PauseGenerationReqInput failed on some ranks alone" in out for out, _ in said), said
-    assert all("half of it" in out for out, _ in said), said
+    for out, _ in said:
+        assert "PauseGenerationReqInput failed on some ranks alone: ValueError: half of it" in out, said
+        assert "a rank does not finish the control request" in out, said

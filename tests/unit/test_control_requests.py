@@ -109,6 +109,8 @@ def test_what_later_steps_and_requests_would_fail_on(path: str, body: dict[str, 
     [
         ({"activities": ["CPU", "RPD"]}, "activities must be among CPU, GPU"),
         ({"activities": [{}]}, "activities must be"),
+        ({"profile_by_stage": True}, "needs num_steps"),
+        ({"profile_by_stage": True, "num_steps": 0}, "at least 1; got 0"),
         ({"profile_prefix": "a/b"}, "profile_prefix must be"),
         ({"profile_id": "é" * 60}, "profile_id must be"),
         ({"output_dir": "/proc/nothing"}, "cannot be made"),

@@ -10,9 +10,9 @@ reason, the reason travels in the output's id; the hook around ``FanOutCommunica
 **Ranks.** All ranks run the same handlers in the same order. After each handler they tell each other, in a process
 group that nothing else uses, whether it failed. If it failed on all of them, they are still alike and go on. If it
 failed on some of them, they go on only where nothing later depends on what the handler did (`APART`); otherwise the
-error ends the server, as in SGLang, because ranks that schedule differently would wait for each other for good. A rank
-that does not come, because it waits inside the handler for one that failed, ends the server after the time that
-SGLang's watchdog gives to a step.
+error ends the server, as in SGLang, because ranks that schedule differently would wait for each other for good. If a
+rank does not come, because it waits inside the handler for one that failed, the one that failed ends the server after
+the time that SGLang's watchdog gives to a step.
 
 Generation requests, aborts and the shutdown are not guarded: `admission` and `aborts` deal with their errors. An error
 of the GPU passes too, because the process cannot go on after it.
@@ -25,10 +25,10 @@ from datetime import timedelta
 from typing import Any
 
 import msgspec
+import torch
 import torch.distributed as dist
 from fastapi import HTTPException
 from sglang.srt.managers import io_struct
-from torch import AcceleratorError
 
 from sglang_tpla.errors import SglangTplaError
 from sglang_tpla.host import compat
@@ -69,10 +69,13 @@ class Ranks:
     """The ranks that run the same handlers in the same order.
 
     Args:
-        group: their process group on the CPU, with a timeout; None for a rank that is alone.
+        group: their process group on the CPU; None for a rank that is alone.
+        patience_s: how long a rank that failed waits for the others. One that did not waits as long as for any
+            collective operation, because another rank may take minutes longer for its weights.
     """
 
     group: Any
+    patience_s: float
 
     def gather(self, problem: str) -> list[str]:
         """Return every rank's problem, in the order of ranks; an empty string stands for none.
@@ -82,12 +85,16 @@ class Ranks:
         """
         if self.group is None:
             return [problem]
-        found = [""] * dist.get_world_size(self.group)
+        said = [""] * dist.get_world_size(self.group)
+        failed = torch.tensor([bool(problem)], dtype=torch.int32)
+        wait = [timedelta(seconds=self.patience_s)] if problem else []
         try:
-            dist.all_gather_object(found, problem, group=self.group)
-        except Exception as error:
+            dist.all_reduce(failed, dist.ReduceOp.MAX, group=self.group, async_op=True).wait(*wait)
+            if failed.item():
+                dist.all_gather_object(said, problem, group=self.group)
+        except RuntimeError as error:
             raise RanksDiffer(f"a rank does not finish the control request; here: {problem or 'done'}") from error
-        return found
+        return said
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,7 @@ class Guarded:
 
 def guard(result: Any, self: Any) -> None:
     """Hook after ``Scheduler.init_request_dispatcher``."""
-    ranks = Ranks(make_group(self))
+    ranks = Ranks(make_group(self), compat.resolved(self.server_args).watchdog_timeout or 300)
     handlers = self._request_dispatcher._mapping
     for kind, handler in handlers.items():
         if kind not in UNGUARDED:
@@ -139,8 +146,7 @@ def make_group(scheduler: Any) -> Any:
     members = dist.get_process_group_ranks(compat.control_group(scheduler))
     if len(members) == 1:
         return None
-    timeout = timedelta(seconds=compat.resolved(scheduler.server_args).watchdog_timeout or 300)
-    return dist.new_group(members, timeout, backend="gloo", use_local_synchronization=True)
+    return dist.new_group(members, backend="gloo", use_local_synchronization=True)
 
 
 async def answer(original: Callable[..., Any], self: Any, obj: Any) -> Any:
@@ -158,7 +164,7 @@ async def answer(original: Callable[..., Any], self: Any, obj: Any) -> Any:
 
 def is_final(error: Exception) -> bool:
     """Return whether a process is of no use after an exception: CUDA and NCCL fail every later call too."""
-    return isinstance(error, AcceleratorError | dist.DistBackendError) or "CUDA error" in str(error)
+    return isinstance(error, torch.AcceleratorError | dist.DistBackendError) or "CUDA error" in str(error)
 
 
 def joined(said: list[str]) -> str:
