@@ -63,8 +63,8 @@ def received(output: Any) -> Any:
 
 
 def test_every_control_request_of_sglangs_dispatcher_has_an_answer() -> None:
-    from fastapi import HTTPException
     from sglang.srt.managers import io_struct
+    from starlette.exceptions import HTTPException
 
     from sglang_tpla.host.requests.guard import TEXTS, UNGUARDED, output_type
 
@@ -146,9 +146,9 @@ def test_memory_that_is_released_twice_or_was_not_released() -> None:
 
 def test_the_next_request_is_answered_after_a_failure() -> None:
     """SGLang's communicator hands out one request at a time, and must not keep the failed one."""
-    from fastapi import HTTPException
     from sglang.srt.managers import io_struct
     from sglang.srt.managers.communicator import FanOutCommunicator
+    from starlette.exceptions import HTTPException
 
     from sglang_tpla.host.requests.guard import answer
 

@@ -27,8 +27,8 @@ from typing import Any
 import msgspec
 import torch
 import torch.distributed as dist
-from fastapi import HTTPException
 from sglang.srt.managers import io_struct
+from starlette.exceptions import HTTPException
 
 from sglang_tpla.errors import SglangTplaError
 from sglang_tpla.host import compat
