@@ -169,3 +169,10 @@ def captures_graphs() -> bool:
     from sglang.srt.model_executor.runner_utils.capture_mode import get_is_capture_mode
 
     return bool(get_is_capture_mode())
+
+
+def control_group(scheduler: Any) -> Any:
+    """Return the process group, on the CPU, of the ranks among which SGLang distributes control requests."""
+    args = resolved(scheduler.server_args)
+    local = attention_groups(args) > 1 and args.enable_dp_attention_local_control_broadcast
+    return (scheduler.attn_tp_group if local else scheduler.tp_group).cpu_group

@@ -18,6 +18,8 @@ def scheduler(mode: str) -> SimpleNamespace:
     return SimpleNamespace(
         disaggregation_mode=DisaggregationMode(mode), disagg_decode_prealloc_queue=queue,
         disagg_prefill_bootstrap_queue=queue, output_streamer=Mock(), ipc_channels=Mock(),
+        abort_on_priority_when_disabled=True, enable_priority_scheduling=False,
+        server_args=SimpleNamespace(enable_return_routed_experts=True),
     )  # fmt: skip
 
 
@@ -25,8 +27,34 @@ def request(tokens: int, to_finish: Any = None) -> SimpleNamespace:
     return SimpleNamespace(
         origin_input_ids=[1] * tokens, to_finish=to_finish, finished_reason=None, return_logprob=False, rid="a",
         disagg_prefill_dp_rank=None, bootstrap_host="p_1", bootstrap_port=8998,
-        bootstrap_room=5, grammar=None, vocab_size=3,
+        bootstrap_room=5, grammar=None, vocab_size=3, priority=None, return_routed_experts=False,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+@pytest.mark.parametrize("flag", ["abort_on_priority_when_disabled", "enable_priority_scheduling", None])
+def test_a_priority_that_only_one_server_refuses(mode: str, flag: str | None) -> None:
+    from sglang_tpla.host.requests.admission import admit
+
+    server, req, queue = scheduler(mode), request(5), Mock()
+    req.priority = 7
+    if flag:
+        setattr(server, flag, flag == "enable_priority_scheduling")
+    admit(queue, server, req)
+    assert queue.called is (flag is not None)
+    assert queue.called or "priority is disabled" in req.finished_reason.message
+    assert server.disagg_decode_prealloc_queue.kv_manager.decline.called is (flag is None)
+
+
+@pytest.mark.parametrize(("start", "mode", "queued"), [(0, "decode", False), (5, "decode", True), (0, "prefill", True)])
+def test_experts_of_a_prompt_that_prefill_computed(start: int, mode: str, queued: bool) -> None:
+    from sglang_tpla.host.requests.admission import admit
+
+    req, queue = request(5), Mock()
+    req.return_routed_experts, req.routed_experts_start_len = True, start
+    admit(queue, scheduler(mode), req)
+    assert queue.called is queued
+    assert queued or "routed_experts_start_len must be 5" in req.finished_reason.message
 
 
 @pytest.mark.parametrize(("rank", "queued"), [(1, True), (2, False), (None, True)])

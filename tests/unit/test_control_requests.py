@@ -11,12 +11,12 @@ import pytest
 from fastapi import Body, FastAPI
 from starlette.routing import Match
 
-from sglang_tpla.host.requests.control import EXPERTS, MEMORY, PROFILE, STATE, WRONG, refuse_fatal
+from sglang_tpla.host.requests.control import MEMORY, PROFILE, STATE, WRONG, refuse_fatal
 
 JSON = {"content-type": "application/json"}
 
 
-def served(recorder: str | None = None, saver: bool = False) -> FastAPI:
+def served(saver: bool = False) -> FastAPI:
     app = FastAPI()
 
     async def body(obj: dict[str, Any] | None = Body(None)) -> dict[str, Any] | None:  # noqa: B008
@@ -28,9 +28,9 @@ def served(recorder: str | None = None, saver: bool = False) -> FastAPI:
     body._auth_level = done._auth_level = "admin"  # type: ignore[attr-defined]
     for path in WRONG:
         app.api_route(path, methods=["GET", "POST", "PUT"])(body)
-    for path in (*EXPERTS, *MEMORY):
+    for path in MEMORY:
         app.api_route(path, methods=["GET", "POST"])(done)
-    refuse_fatal(app, SimpleNamespace(expert_distribution_recorder_mode=recorder, enable_memory_saver=saver))
+    refuse_fatal(app, SimpleNamespace(enable_memory_saver=saver))
     return app
 
 
@@ -43,19 +43,12 @@ def ask(app: FastAPI, method: str, path: str, body: Any = None, content: str | N
     return asyncio.run(run())
 
 
-@pytest.mark.parametrize(
-    ("paths", "flag", "started"),
-    [
-        (EXPERTS, "--expert-distribution-recorder-mode", {"recorder": "stat"}),
-        (MEMORY, "--enable-memory-saver", {"saver": True}),
-    ],
-)
-def test_what_a_server_was_not_started_for(paths: tuple[str, ...], flag: str, started: dict[str, Any]) -> None:
-    for path in paths:
+def test_memory_of_a_server_that_was_not_started_for_it() -> None:
+    for path in MEMORY:
         for method in ("GET", "POST"):
             answer = ask(served(), method, path)
-            assert answer.status_code == 400 and flag in answer.text
-            assert ask(served(**started), method, path).json() == "done"
+            assert answer.status_code == 400 and "--enable-memory-saver" in answer.text
+            assert ask(served(saver=True), method, path).json() == "done"
 
 
 @pytest.mark.parametrize(
@@ -109,6 +102,8 @@ def test_what_later_steps_and_requests_would_fail_on(path: str, body: dict[str, 
     [
         ({"activities": ["CPU", "RPD"]}, "activities must be among CPU, GPU"),
         ({"activities": [{}]}, "activities must be"),
+        ({"profile_by_stage": True}, "needs num_steps"),
+        ({"profile_by_stage": True, "num_steps": 0}, "at least 1; got 0"),
         ({"profile_prefix": "a/b"}, "profile_prefix must be"),
         ({"profile_id": "é" * 60}, "profile_id must be"),
         ({"output_dir": "/proc/nothing"}, "cannot be made"),
@@ -130,7 +125,7 @@ def test_other_profiles_reach_sglang(tmp_path: Path) -> None:
 
 def test_who_may_ask_is_unchanged() -> None:
     """SGLang looks up the right in the endpoint of the first route that matches."""
-    for path in (PROFILE, *EXPERTS, *MEMORY):
+    for path in (PROFILE, *MEMORY):
         scope = {"type": "http", "method": "GET", "path": path, "headers": []}
         matches = [route.matches(scope) for route in served().routes]
         found = next(child for match, child in matches if match is Match.FULL)

@@ -32,7 +32,9 @@ def admit(original: Callable[..., None], self: Any, req: Any, is_retracted: bool
     if isinstance(req.to_finish, FINISH_ABORT):
         reason, status = req.to_finish.message, req.to_finish.status_code or status
     else:
-        reason = (no_such_rank(queue, req) if decodes else None) or no_token_allowed(req)
+        reason = no_priority(self, req) or no_token_allowed(req)
+        if decodes:
+            reason = reason or no_such_rank(queue, req) or no_prompts_experts(self, req)
     if reason is None:
         original(self, req)
         return
@@ -57,6 +59,31 @@ def no_such_rank(queue: Any, req: Any) -> str | None:
     if info is None or 0 <= rank < info.dp_size:
         return None
     return f"disagg_prefill_dp_rank must lie in 0...{info.dp_size - 1} for the prefill server {address}; got {rank}"
+
+
+def no_priority(scheduler: Any, req: Any) -> str | None:
+    """Return the reason for refusing a priority on a server that takes none, or None.
+
+    SGLang would refuse it without telling the other server, which may have been started with other flags.
+    """
+    refuses = scheduler.abort_on_priority_when_disabled and not scheduler.enable_priority_scheduling
+    return "priority is disabled on this server: leave it out" if refuses and req.priority is not None else None
+
+
+def no_prompts_experts(scheduler: Any, req: Any) -> str | None:
+    """Return the reason for refusing the prompt's experts on a decode server, or None.
+
+    SGLang would answer with whatever an earlier request left in the slots of the prompt's tokens.
+    """
+    length = len(req.origin_input_ids)
+    if not scheduler.server_args.enable_return_routed_experts or not req.return_routed_experts:
+        return None
+    if req.routed_experts_start_len >= length:
+        return None
+    return (
+        f"a decode server does not know the experts of the prompt: routed_experts_start_len must be {length}, the "
+        f"length of the prompt; got {req.routed_experts_start_len}. Prefill's own answer has them"
+    )
 
 
 def no_token_allowed(req: Any) -> str | None:

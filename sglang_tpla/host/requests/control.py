@@ -1,8 +1,8 @@
 """Refuse control requests that the scheduler cannot carry out, and whose answers could not say so.
 
-SGLang (``sglang/srt/entrypoints/http_server.py``) passes on records of experts and releases of memory that the server
-was not started for, profiles that cannot be taken or written, and numbers that later steps fail on. Here a route before
-SGLang's own answers 400 to these. `guard` answers the other errors of control requests.
+SGLang (``sglang/srt/entrypoints/http_server.py``) passes on releases of memory that the server was not started for,
+profiles that cannot be taken or written, and numbers that later steps fail on. Here a route before SGLang's own answers
+400 to these. `guard` answers the other errors of control requests.
 """
 
 import json
@@ -18,7 +18,6 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-EXPERTS = tuple(f"/{what}_expert_distribution_record" for what in ("start", "stop", "dump"))
 MEMORY = tuple(f"/{what}_memory_occupation" for what in ("release", "resume"))
 LOGGING = "/configure_logging"
 PROFILE = "/start_profile"
@@ -32,11 +31,8 @@ NAME_LENGTH = 100  # of a prefix or id; both are parts of a file's name
 def refuse_fatal(app: Any, server_args: Any) -> None:
     """Put routes before those of SGLang's app whose requests the scheduler may fail on."""
     routes = app.router.routes
-    own = {route.path: route for route in routes if getattr(route, "path", None) in (*EXPERTS, *MEMORY, *WRONG)}
+    own = {route.path: route for route in routes if getattr(route, "path", None) in (*MEMORY, *WRONG)}
     checks: dict[str, Any] = {path: Checked(own[path], wrong) for path, wrong in WRONG.items()}
-    if server_args.expert_distribution_recorder_mode is None:
-        why = "this server records no experts; start it with --expert-distribution-recorder-mode"
-        checks |= dict.fromkeys(EXPERTS, _refusal(why))
     if not server_args.enable_memory_saver:
         why = "this server cannot give memory back; start it with --enable-memory-saver"
         checks |= dict.fromkeys(MEMORY, _refusal(why))
@@ -137,6 +133,9 @@ def wrong_profile(asked: dict[str, Any]) -> str:
         name = asked.get(field)
         if isinstance(name, str) and (len(name.encode(errors="replace")) > NAME_LENGTH or set(name) & {"/", "\0"}):
             return f"{field} must be a part of a file's name, at most {NAME_LENGTH} bytes without /; got {name!r:.80}"
+    steps = asked.get("num_steps")
+    if asked.get("profile_by_stage") is True and not (isinstance(steps, int) and steps > 0):
+        return f"profile_by_stage needs num_steps, which must be at least 1; got {steps!r:.80}"
     folder = asked.get("output_dir")
     return _unwritable("output_dir", folder) if isinstance(folder, str) else ""
 
