@@ -245,7 +245,7 @@ def test_control_requests_that_fail_end_no_server(trio: Any) -> None:
     for path, body, said in (
         ("/update_weights_from_disk", nothing, "nothing"),
         ("/get_weights_by_name", {"name": "no.such.weight"}, ""),
-        ("/send_weights_to_remote_instance", {"master_address": "here", "ports": "1"}, "Expected"),
+        ("/send_weights_to_remote_instance", {"master_address": "here", "ports": "1,2,3"}, "Expected"),
         ("/start_expert_distribution_record", {}, "expert_distribution_recorder_mode"),
         ("/resume_memory_occupation", {}, "--enable-memory-saver"),
         ("/set_internal_state", {"server_args": {"pp_max_micro_batch_size": 2.5}}, "whole number"),

@@ -179,6 +179,16 @@ def test_a_failed_profile_does_not_go_on() -> None:
     assert not profiler.profile_in_progress and not profiler.profile_by_stage
 
 
+def test_a_profile_that_sglang_refuses_itself_says_why_and_leaves_the_running_one() -> None:
+    from sglang.srt.managers import io_struct
+    from starlette.exceptions import HTTPException
+
+    refused = io_struct.ProfileReqOutput(success=False, message="Profiling is already in progress.")
+    said = guarded(lambda _: refused, SimpleNamespace())(io_struct.ProfileReq())
+    with pytest.raises(HTTPException, match="already in progress"):
+        received(said)
+
+
 def run_rank(number: int, port: int) -> None:
     """Run one of two ranks: requests that fail on both, on the second one and on none, in that order."""
     from sglang.srt.managers import io_struct

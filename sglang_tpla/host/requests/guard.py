@@ -124,6 +124,8 @@ class Guarded:
             caught, problem = error, f"{type(error).__name__}: {error}"
         said = self.ranks.gather(problem)
         if not any(said):
+            if isinstance(output, io_struct.ProfileReqOutput) and not output.success:
+                output.rid = FAILED + output.message  # SGLang answers 500 without it
             return output
         if not all(said) and not isinstance(request, APART):
             raise RanksDiffer(f"{type(request).__name__} failed on some ranks alone: {joined(said)}") from caught
@@ -179,7 +181,7 @@ def failure(request: Any, reason: str) -> Any:
         return None
     fields = msgspec.structs.fields(kind)
     values: dict[str, Any] = {field.name: reason for field in fields if field.name in TEXTS}
-    if not values or kind is io_struct.ProfileReqOutput:  # SGLang answers a failed profile without its message
+    if not values or kind is io_struct.ProfileReqOutput:
         values["rid"] = FAILED + reason
     for field in fields:
         if field.required and field.name not in values:  # among them ``success`` and ``updated``, which become false
