@@ -47,6 +47,7 @@ from sglang_tpla.reference_model.config_file import language_config, place, whol
 FORMAT_VERSION = 1  # of plain rows
 SKETCHED_VERSION = 2  # of sketched rows
 MAP_NAMES = ("Z", "A", "B")
+LARGEST_INVERSE_ERROR = 1e-2  # of an entry; the maps that calibrate writes have some 1e-6
 HASH_KEY = "content_hash"  # a key of the file's metadata only; files made by other programs may lack it
 
 
@@ -187,6 +188,8 @@ class Artifact:
                 f"{path} was damaged after it was written: expected content with sha256 {written}, found {found}; "
                 "copy it again or make it anew with `python -m sglang_tpla.calibrate`"
             )
+        if written is None:
+            _check_inverses(artifact)
         return artifact
 
     def save(self, path: str | Path) -> None:
@@ -404,4 +407,25 @@ def _check_tensors(meta: ArtifactMeta, tensors: Mapping[str, torch.Tensor], sour
             if not torch.equal(first, other):
                 raise ArtifactError(
                     f"{source}: the {shared} shared columns of layer {layer} differ between groups 0 and {group}"
+                )
+
+
+def _check_inverses(artifact: Artifact) -> None:
+    """Refuse sketched rows whose maps do not give the latent back, in a file without a hash that would notice it."""
+    meta = artifact.meta
+    for layer in range(meta.num_layers if meta.sketched else 0):
+        sketch = artifact.sketch(layer).double()
+        blocks = sketch.split(meta.rows(layer).own, 1) if sketch.numel() else ()
+        groups = [[tensor.double() for tensor in artifact.maps(layer, group)] for group in range(meta.groups)]
+        products = {
+            tensor_name(layer, i, "A"): torch.cat([z, *blocks[:i], *blocks[i + 1 :]], 1) @ a
+            for i, (z, a, _) in enumerate(groups)
+        } | {f"the sum of Z B over the groups of layer {layer}": torch.stack([z @ b for z, _, b in groups]).sum(0)}
+        for name, product in products.items():
+            error = float((product - torch.eye(meta.latent_dim, dtype=torch.float64)).abs().max())
+            if not error <= LARGEST_INVERSE_ERROR:
+                raise ArtifactError(
+                    f"{artifact.source} has no {HASH_KEY}, and its maps contradict each other: expected {name} to give "
+                    f"the latent back within {LARGEST_INVERSE_ERROR:g}, found an error of {error:.3g}; copy the file "
+                    "again or make it anew with `python -m sglang_tpla.calibrate`"
                 )

@@ -56,7 +56,14 @@ class Checkpoint:
         names: dict[str, str] = {}
         for file in files:
             with _opened(file) as handle:
-                names.update(dict.fromkeys(handle.keys(), file.name))
+                found = dict.fromkeys(handle.keys(), file.name)
+            if twice := names.keys() & found.keys():
+                name = min(twice)
+                raise CheckpointError(
+                    f"expected each tensor in one file, found {name!r} in {names[name]} and {file.name} of {self.path} "
+                    f"without {index_path.name}, which would choose: leave one of the files out, or add the index"
+                )
+            names |= found
         return names
 
     def _find_prefix(self) -> str:
@@ -71,8 +78,8 @@ class Checkpoint:
                 "one with multi-head latent attention; leave the files of the others out of the folder"
             )
         raise CheckpointError(
-            f"{self.path} has no tensor named *{_ATTENTION_PROBE}: not a model with multi-head latent attention "
-            "(expected a DeepSeek V2/V3 or Kimi K2 shaped checkpoint)"
+            f"{self.path} has no tensor named *{_ATTENTION_PROBE}: not a model with multi-head latent attention, or "
+            "not all of its files (expected a DeepSeek V2/V3 or Kimi K2 shaped checkpoint)"
         )
 
     def __contains__(self, name: str) -> bool:
@@ -87,8 +94,32 @@ class Checkpoint:
             raise CheckpointError(f"expected a tensor {name!r} in {self.path}, found none")
         file = self.path / self._files[name]
         if not file.is_file():
-            raise CheckpointError(f"the index of {self.path} names {file.name} for {name!r}, which is missing")
+            raise CheckpointError(
+                f"the index of {self.path} names {file.name} for {name!r}, which is missing; copy it too"
+            )
         return file
+
+    def check_files(self, layers: int) -> None:
+        """Open every file with tensors of the first ``layers`` layers, before hours of work on the intact ones.
+
+        Raises:
+            CheckpointError: a layer or a file is missing, a file cannot be read, or it lacks what the index promises.
+        """
+        start, promised = f"{self.prefix}layers.", dict[str, set[str]]()
+        for layer in range(layers):
+            self._file_of(self.layer_name(layer, _ATTENTION_PROBE.removeprefix("layers.0.")))
+        for name, file in self._files.items():
+            layer_number = name.removeprefix(start).split(".")[0]
+            if name.startswith(start) and layer_number.isdecimal() and int(layer_number) < layers:
+                promised.setdefault(file, set()).add(name)
+        for file, names in promised.items():
+            with _opened(self._file_of(min(names))) as handle:
+                absent = names.difference(handle.keys())
+            if absent:
+                raise CheckpointError(
+                    f"the index of {self.path} names {file} for {min(absent)!r}, which is not in that file "
+                    f"({len(absent)} such tensors): copy the checkpoint again"
+                )
 
     def stored(self, name: str) -> torch.Tensor:
         """Return the tensor as stored, in its stored dtype."""
@@ -142,7 +173,7 @@ def _opened(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as handle:
             yield handle
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error
+        raise CheckpointError(f"{file} is not a readable safetensors file: {error}; copy it again") from error
 
 
 def dequantise_blocks(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:

@@ -231,7 +231,8 @@ class PlainModel:
         resident: keep every layer's weights in memory; otherwise only those of the layer used last.
 
     Raises:
-        CheckpointError: a tensor is missing, the configuration is of another family, or there is no such device.
+        CheckpointError: a tensor or a file is missing or damaged, the configuration is of another family, or there is
+            no such device.
     """
 
     layers: list[Layer] | _LastLayer
@@ -246,6 +247,7 @@ class PlainModel:
     ) -> None:
         self.checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
         self.spec = ModelSpec.from_config(self.checkpoint.config)
+        self.checkpoint.check_files(self.spec.layers)
         self.dtype, self.device = dtype, _device(device)
         self.rotary = Rotary(self.spec, self.device)
         table = self.spec.vocab, self.spec.hidden

@@ -282,6 +282,43 @@ def test_a_shard_or_an_index_that_cannot_be_read_is_named(nano_model: PlainModel
             Checkpoint(tmp_path / "model")
 
 
+def test_files_are_checked_before_the_first_layer(nano_model: PlainModel, tmp_path: Path) -> None:
+    """A model read layer by layer would otherwise fail hours later, at the first layer of the damaged file."""
+    weights = load_file(NANO / "model.safetensors")
+    folder = save(tmp_path / "model", nano_model.checkpoint.config, weights, str(NANO))
+    last = {name for name in weights if name.startswith("model.layers.3.")}
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(last, "last.safetensors")
+    index["weight_map"]["model.layers.9.draft.weight"] = "left_out.safetensors"  # no layer of the model
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({name: weights[name] for name in last}, folder / "last.safetensors")
+    PlainModel(folder, resident=False)
+
+    save_file({name: weights[name] for name in sorted(last)[1:]}, folder / "last.safetensors")
+    with pytest.raises(CheckpointError, match=f"names last.safetensors for '{min(last)}', which is not in that file"):
+        PlainModel(folder, resident=False)
+    (folder / "last.safetensors").write_bytes((folder / "last.safetensors").read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"last.safetensors is not a readable safetensors file.*copy it again"):
+        PlainModel(folder, resident=False)
+    (folder / "last.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"last.safetensors for 'model.layers.3.*missing"):
+        PlainModel(folder, resident=False)
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name not in last}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"expected a tensor 'model.layers.3.self_attn.kv_b_proj.weight'"):
+        PlainModel(folder, resident=False)
+
+
+def test_a_tensor_in_two_files_needs_an_index(nano_model: PlainModel, tmp_path: Path) -> None:
+    weights = load_file(NANO / "model.safetensors")
+    folder = save(tmp_path / "model", nano_model.checkpoint.config, weights, str(NANO))
+    save_file({"model.norm.weight": 2 * weights["model.norm.weight"]}, folder / "older.safetensors")
+    assert torch.equal(PlainModel(folder).final_norm, nano_model.final_norm)
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"'model.norm.weight' in model-0000\d-of-00002.safetensors and older"):
+        Checkpoint(folder)
+
+
 def test_fp8_shards_are_read_as_shipped(nano_model: PlainModel, tmp_path: Path) -> None:
     """nano-mla in 128 x 128 blocks over two shards computes the same as its dequantised weights."""
     stored, plain = load_file(NANO / "model.safetensors"), load_file(NANO / "model.safetensors")

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import resource
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -17,7 +18,7 @@ from sglang_tpla.artifact.fold import fold_key_map, fold_value_map
 from sglang_tpla.artifact.model_identity import config_hash, weights_hash
 from sglang_tpla.reference_model.config_file import read_config
 from tests.random_checkpoint import save
-from tests.shipped import NANO
+from tests.shipped import NANO, SKETCHED_ARTIFACT
 
 D, W, R = 8, 5, 2
 CONFIG = {
@@ -122,6 +123,28 @@ def test_a_file_without_a_hash_loads(tmp_path: Path) -> None:
     make_artifact().save(tmp_path / "a.safetensors")
     rewrite(tmp_path / "a.safetensors", lambda tensors, metadata: metadata.pop("content_hash"))
     assert Artifact.load(tmp_path / "a.safetensors").content_hash == make_artifact().content_hash
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("layers.1.groups.0.A", "layers.1.groups.1.A"),
+        ("layers.1.groups.0.B", "layers.1.groups.1.B"),
+        ("layers.0.sketch", "layers.1.sketch"),
+    ],
+)
+def test_sketched_maps_without_a_hash_must_give_the_latent_back(tmp_path: Path, first: str, second: str) -> None:
+    path = tmp_path / "a.safetensors"
+    shutil.copy(SKETCHED_ARTIFACT, path)
+    rewrite(path, lambda tensors, metadata: metadata.pop("content_hash"))
+    Artifact.load(path)
+
+    def swap(tensors, metadata):
+        tensors[first], tensors[second] = tensors[second], tensors[first]
+
+    rewrite(path, swap)
+    with pytest.raises(ArtifactError, match="give the latent back"):
+        Artifact.load(path)
 
 
 def test_content_hash_follows_every_part(tmp_path: Path) -> None:
