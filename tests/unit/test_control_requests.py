@@ -11,7 +11,7 @@ import pytest
 from fastapi import Body, FastAPI
 from starlette.routing import Match
 
-from sglang_tpla.host.requests.control import EXPERTS, MEMORY, PROFILE, STATE, WRONG, refuse_fatal
+from sglang_tpla.host.requests.control import EXPERTS, MEMORY, OLLAMA, PROFILE, STATE, WRONG, refuse_fatal
 
 JSON = {"content-type": "application/json"}
 
@@ -28,7 +28,7 @@ def served(recorder: str | None = None, saver: bool = False) -> FastAPI:
     body._auth_level = done._auth_level = "admin"  # type: ignore[attr-defined]
     for path in WRONG:
         app.api_route(path, methods=["GET", "POST", "PUT"])(body)
-    for path in (*EXPERTS, *MEMORY):
+    for path in (*EXPERTS, *MEMORY, *OLLAMA):
         app.api_route(path, methods=["GET", "POST"])(done)
     refuse_fatal(app, SimpleNamespace(expert_distribution_recorder_mode=recorder, enable_memory_saver=saver))
     return app
@@ -56,6 +56,12 @@ def test_what_a_server_was_not_started_for(paths: tuple[str, ...], flag: str, st
             answer = ask(served(), method, path)
             assert answer.status_code == 400 and flag in answer.text
             assert ask(served(**started), method, path).json() == "done"
+
+
+@pytest.mark.parametrize("path", OLLAMA)
+def test_requests_that_can_name_no_room_are_refused_before_their_stream_begins(path: str) -> None:
+    answer = ask(served(), "POST", path, {"model": "m", "prompt": "x"})
+    assert answer.status_code == 400 and "/v1/chat/completions to the router" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
