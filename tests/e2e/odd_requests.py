@@ -48,7 +48,9 @@ OPENAI = (
     "custom_labels", "custom_params", "images_config", "max_dynamic_patch", "min_dynamic_patch", "use_audio_in_video",
     "return_cached_tokens_details", "return_meta_info", "return_prompt_token_ids", "return_token_ids",
     "return_routed_experts", "routed_experts_start_len", "stream_reasoning", "task", "thinking",
-    "return_input_ids_in_sglext", "return_output_ids_in_sglext", "return_spec_tokens_details",
+    "return_input_ids_in_sglext", "return_output_ids_in_sglext", "return_spec_tokens_details", "return_sampling_mask",
+    "sampling_logprobs_mode", "return_flat_raw_output_top_logprobs", "return_flat_raw_top_logprobs_b64", "watermark",
+    "video_config", "mm_processor_kwargs",
 )  # fmt: skip
 # Nearly right values get further into a server than values of another type.
 NEARLY: dict[str, list[Any]] = {

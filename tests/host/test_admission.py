@@ -94,6 +94,22 @@ def test_what_sglang_refuses_gets_no_room(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["prefill", "decode"])
+def test_a_long_prompt_is_not_told_of_a_flag_that_is_refused_at_start(mode: str) -> None:
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+    from sglang.srt.managers.utils import validate_input_length
+
+    from sglang_tpla.host.requests.admission import admit
+
+    server, req = scheduler(mode), request(9)
+    req.to_finish = FINISH_ABORT(validate_input_length(req, 8, allow_auto_truncate=False))
+    assert "--allow-auto-truncate" in req.to_finish.message
+    admit(Mock(), server, req)
+    assert req.finished_reason.message.endswith("allowed length (8 tokens). Use a shorter input.")
+    (_, _, _, told), _ = server.disagg_decode_prealloc_queue.kv_manager.decline.call_args
+    assert told.endswith("Use a shorter input.")
+
+
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
 @pytest.mark.parametrize(("rule", "queued"), [('"a"', True), ('""', True), ("root", False)])
 def test_a_grammar_that_allows_no_token(mode: str, rule: str, queued: bool) -> None:
     import xgrammar

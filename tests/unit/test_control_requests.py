@@ -11,7 +11,7 @@ import pytest
 from fastapi import Body, FastAPI
 from starlette.routing import Match
 
-from sglang_tpla.host.requests.control import MEMORY, PROFILE, STATE, WRONG, refuse_fatal
+from sglang_tpla.host.requests.control import MEMORY, OLLAMA, PROFILE, STATE, WRONG, refuse_fatal
 
 JSON = {"content-type": "application/json"}
 
@@ -28,7 +28,7 @@ def served(saver: bool = False) -> FastAPI:
     body._auth_level = done._auth_level = "admin"  # type: ignore[attr-defined]
     for path in WRONG:
         app.api_route(path, methods=["GET", "POST", "PUT"])(body)
-    for path in MEMORY:
+    for path in (*MEMORY, *OLLAMA):
         app.api_route(path, methods=["GET", "POST"])(done)
     refuse_fatal(app, SimpleNamespace(enable_memory_saver=saver))
     return app
@@ -49,6 +49,12 @@ def test_memory_of_a_server_that_was_not_started_for_it() -> None:
             answer = ask(served(), method, path)
             assert answer.status_code == 400 and "--enable-memory-saver" in answer.text
             assert ask(served(saver=True), method, path).json() == "done"
+
+
+@pytest.mark.parametrize("path", OLLAMA)
+def test_requests_that_can_name_no_room_are_refused_before_their_stream_begins(path: str) -> None:
+    answer = ask(served(), "POST", path, {"model": "m", "prompt": "x"})
+    assert answer.status_code == 400 and "/v1/chat/completions to the router" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from sglang.srt.utils.network import NetworkAddress
 from sglang_tpla.host.requests.declined import FAILED
 from sglang_tpla.transfer.room import REFUSED
 
+REFUSED_ADVICE = " or enable --allow-auto-truncate"  # SGLang's, for a long prompt; `host/validation.py` refuses it
+
 logger = logging.getLogger(__name__)
 
 
@@ -30,7 +32,7 @@ def admit(original: Callable[..., None], self: Any, req: Any, is_retracted: bool
     queue = self.disagg_decode_prealloc_queue if decodes else self.disagg_prefill_bootstrap_queue
     reason, status = None, HTTPStatus.BAD_REQUEST
     if isinstance(req.to_finish, FINISH_ABORT):
-        reason, status = req.to_finish.message, req.to_finish.status_code or status
+        reason, status = req.to_finish.message.replace(REFUSED_ADVICE, ""), req.to_finish.status_code or status
     else:
         reason = no_priority(self, req) or no_token_allowed(req)
         if decodes:

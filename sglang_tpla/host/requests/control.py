@@ -2,7 +2,7 @@
 
 SGLang (``sglang/srt/entrypoints/http_server.py``) passes on releases of memory that the server was not started for,
 profiles that cannot be taken or written, and numbers that later steps fail on. Here a route before SGLang's own answers
-400 to these. `guard` answers the other errors of control requests.
+400 to these, and to requests of Ollama's API. `guard` answers the other errors of control requests.
 """
 
 import json
@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
+OLLAMA = tuple(os.environ.get(f"SGLANG_OLLAMA_{what.upper()}_ROUTE", f"/api/{what}") for what in ("chat", "generate"))
 MEMORY = tuple(f"/{what}_memory_occupation" for what in ("release", "resume"))
 LOGGING = "/configure_logging"
 PROFILE = "/start_profile"
@@ -31,8 +32,11 @@ NAME_LENGTH = 100  # of a prefix or id; both are parts of a file's name
 def refuse_fatal(app: Any, server_args: Any) -> None:
     """Put routes before those of SGLang's app whose requests the scheduler may fail on."""
     routes = app.router.routes
-    own = {route.path: route for route in routes if getattr(route, "path", None) in (*MEMORY, *WRONG)}
+    paths = (*MEMORY, *OLLAMA, *WRONG)
+    own = {route.path: route for route in routes if getattr(route, "path", None) in paths}
     checks: dict[str, Any] = {path: Checked(own[path], wrong) for path, wrong in WRONG.items()}
+    # SGLang would answer these with status 500, or with 200 and a stream that breaks off.
+    checks |= dict.fromkeys(OLLAMA, _refusal("Ollama's API names no room: send /v1/chat/completions to the router"))
     if not server_args.enable_memory_saver:
         why = "this server cannot give memory back; start it with --enable-memory-saver"
         checks |= dict.fromkeys(MEMORY, _refusal(why))
